@@ -1,0 +1,20 @@
+"""Caches: what happens to a pruned token. A new policy is a file here and a line in `CACHES`."""
+
+from lazyllm.caches.aux_cache import AuxCache
+from lazyllm.caches.dense_cache import DenseCache
+from lazyllm.caches.drop_cache import DropCache
+from lazyllm.caches.lazy_cache import LayerView, LazyCache
+from lazyllm.caches.policy import CachePolicy
+from lazyllm.policies.base import Registry
+
+CACHES: Registry[CachePolicy] = Registry(
+    "cache",
+    CachePolicy,
+    [
+        AuxCache,
+        DropCache,
+        DenseCache,
+    ],
+)
+
+__all__ = ["CACHES", "AuxCache", "CachePolicy", "DenseCache", "DropCache", "LayerView", "LazyCache"]

@@ -1,0 +1,237 @@
+"""The cache a generation owns, and the view of it that one layer gets to see."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from lazyllm.caches.policy import CachePolicy
+from lazyllm.caches.row import Row, RowMark
+from lazyllm.errors import CacheError, InputError
+
+Spans = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class CacheMark:
+    """A point a cache can go back to."""
+
+    columns: int
+    rows: list[Row]
+    row_marks: list[RowMark]
+
+
+class LazyCache(Cache):
+    """K/V, depths and frontier states of a batch, usable wherever transformers takes a cache.
+
+    It binds itself to the first model that uses it. Its sequence length is the number of columns
+    seen, padding included, whatever was pruned.
+
+    Args:
+        policy: what happens to pruned tokens and what is attended.
+        spans: protected token ranges (start, stop), one list per prompt.
+    """
+
+    def __init__(self, policy: CachePolicy, *, spans: Sequence[Spans] = ()) -> None:
+        super().__init__(layers=[])
+        self.policy = policy
+        self.spans = [tuple(prompt) for prompt in spans]
+        self.rows: list[Row] = []
+        self.columns = 0
+        self._decoder: weakref.ref[nn.Module] | None = None
+        self._claims: set[str] = set()
+
+    # -- binding ---------------------------------------------------------------------------------
+
+    def bind(self, decoder: nn.Module) -> None:
+        """Ties the cache to the model that uses it.
+
+        Raises:
+            CacheError: when it already belongs to another model.
+        """
+        if self._decoder is None:
+            self._decoder = weakref.ref(decoder)
+        elif self._decoder() is not decoder:
+            raise CacheError("this cache was filled by another model; make one with new_cache() of this pipeline")
+
+    def open_rows(self, rows: int, layers: int) -> None:
+        """Makes the rows at the first step, and checks the batch size at later ones."""
+        if not self.rows:
+            prompts = self.spans or [()] * rows
+            if rows % len(prompts):
+                raise CacheError(f"the cache has protected spans for {len(prompts)} prompts, the batch has {rows} rows")
+            each = rows // len(prompts)
+            self.rows = [Row(layers, self.policy, prompts[row // each]) for row in range(rows)]
+        elif len(self.rows) != rows:
+            raise CacheError(f"the cache holds {len(self.rows)} rows, the batch has {rows}")
+
+    @contextmanager
+    def claim(self, use: Literal["generation", "step"]) -> Iterator[None]:
+        """Claims the cache for one generation, or for one step of it.
+
+        Raises:
+            CacheError: when it is claimed for the same use already.
+        """
+        if use in self._claims:
+            raise CacheError(f"this cache is in use by another {use}; give each its own, or wait for it to end")
+        self._claims.add(use)
+        try:
+            yield
+        finally:
+            self._claims.discard(use)
+
+    def mark(self) -> CacheMark:
+        """The present state, for `restore`."""
+        return CacheMark(self.columns, list(self.rows), [row.mark() for row in self.rows])
+
+    def restore(self, mark: CacheMark) -> None:
+        """Goes back to `mark`, taken before the step that failed."""
+        self.columns, self.rows = mark.columns, mark.rows
+        for row, row_mark in zip(mark.rows, mark.row_marks, strict=True):
+            row.restore(row_mark)
+
+    # -- what transformers asks of a cache ---------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far, padding included."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys, as transformers counts them."""
+        return self.columns + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no limit."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, -1 before the first step."""
+        return len(self.rows) or -1
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` takes back everything a step did; not so once older tokens were revived in it."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a step has run."""
+        return bool(self.rows)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refused: only a LayerView writes K/V.
+
+        Raises:
+            CacheError: always.
+        """
+        raise CacheError("a LazyCache works only while its pipeline is attached: use pipe.generate or pipe.attached()")
+
+    def reset(self) -> None:
+        """Forgets everything but the policy, the spans and the model."""
+        self.rows, self.columns = [], 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` columns.
+
+        Raises:
+            InputError: for a positive number, or more columns than there are.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
+            raise InputError(
+                f"crop takes minus the number of columns to remove, between {-self.columns} and 0, not {tokens_to_remove}"
+            )
+        if tokens_to_remove < 0:
+            self.columns += tokens_to_remove
+            for row in self.rows:
+                row.crop(self.columns)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`."""
+        self._take_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row `repeats` times."""
+        self._take_rows([row for row in range(len(self.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows at `indices`, integers or booleans."""
+        rows = torch.arange(len(self.rows))
+        self._take_rows(rows[indices.cpu()].tolist())
+
+    def _take_rows(self, indices: Iterable[int]) -> None:
+        taken: set[int] = set()
+        rows = []
+        for index in indices:
+            rows.append(self.rows[index].copy() if index in taken else self.rows[index])
+            taken.add(index)
+        self.rows = rows
+
+    def copy(self) -> LazyCache:
+        """An independent copy, bound to the same model."""
+        twin = LazyCache(self.policy, spans=self.spans)
+        twin.rows, twin.columns = [row.copy() for row in self.rows], self.columns
+        twin._decoder = self._decoder
+        return twin
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values in use."""
+        return sum(row.key_value_bytes for row in self.rows)
+
+    @property
+    def aux_bytes(self) -> int:
+        """Bytes of frontier states in use."""
+        return sum(row.frontier.used_bytes for row in self.rows)
+
+    def __repr__(self) -> str:
+        tokens = [len(row.ledger) for row in self.rows]
+        return f"LazyCache({self.policy}, tokens={tokens}, kv_bytes={self.kv_bytes}, aux_bytes={self.aux_bytes})"
+
+
+class LayerView:
+    """What one layer sees of the cache during one step; the only writer of K/V.
+
+    Attributes:
+        attended: by row, the tokens whose K/V `update` returns, in storage order.
+    """
+
+    def __init__(self, cache: LazyCache, layer: int, todo: list[Tensor], visible: list[Tensor]) -> None:
+        self.cache, self.layer, self.todo = cache, layer, todo
+        self.attended = [self._attended(row, *tokens) for row, *tokens in zip(cache.rows, todo, visible, strict=True)]
+
+    def _attended(self, row: Row, todo: Tensor, visible: Tensor) -> Tensor:
+        store = row.stores[self.layer]
+        everything = len(store) + todo.numel()
+        if todo.numel() and (self.cache.policy.attend == "cached" or visible.numel() == everything):
+            return torch.cat([store.tokens, todo]) if len(store) else todo
+        return visible
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Stores keys and values [1, g, t, d] of the packed todo; returns those attended [1, g, k, d]."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        start = 0
+        for row, todo, attended in zip(self.cache.rows, self.todo, self.attended, strict=True):
+            if not todo.numel():
+                continue
+            store = row.stores[self.layer]
+            span = slice(start, start := start + todo.numel())
+            new = keys[0, :, span], values[0, :, span]
+            store.append(todo, *new)
+            if attended is todo:
+                parts.append(new)
+            elif attended.numel() == len(store):
+                parts.append(store.read())
+            else:
+                parts.append(store.gather(attended))
+        if len(parts) == 1:
+            return parts[0][0][None], parts[0][1][None]
+        key_parts, value_parts = zip(*parts, strict=True)
+        return torch.cat(key_parts, dim=1)[None], torch.cat(value_parts, dim=1)[None]

@@ -1,0 +1,77 @@
+"""The depth of every token: the one piece of bookkeeping the laws are about."""
+
+import torch
+from torch import Tensor
+
+from lazyllm.indexing import GrowingBuffer
+
+
+class Ledger:
+    """Depth, position and column of every token of one row, on the host.
+
+    A token is named by its index: the order in which the row saw it. `depth` is the number of layers
+    that have computed it, so K/V exist for it exactly at layers 0 .. depth-1.
+
+    Attributes:
+        layers: number of layers of the model.
+        at_depth: how many tokens have each depth, [layers + 1].
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.at_depth = [0] * (layers + 1)
+        self._depth, self._position, self._column = GrowingBuffer(0), GrowingBuffer(0), GrowingBuffer(0)
+        empty = torch.empty(0, dtype=torch.long)
+        for buffer in (self._depth, self._position, self._column):
+            buffer.append(empty)
+
+    def __len__(self) -> int:
+        return self._depth.length
+
+    @property
+    def depth(self) -> Tensor:
+        """[t] number of layers that have computed each token."""
+        return self._depth.read()
+
+    @property
+    def position(self) -> Tensor:
+        """[t] position of each token, as RoPE and causality see it; rises with the index."""
+        return self._position.read()
+
+    @property
+    def column(self) -> Tensor:
+        """[t] column of each token in the padded batch."""
+        return self._column.read()
+
+    def append(self, position: Tensor, column: Tensor) -> Tensor:
+        """Adds tokens of depth 0 and returns their indices [t]."""
+        start, added = len(self), position.numel()
+        self._depth.append(torch.zeros(added, dtype=torch.long))
+        self._position.append(position)
+        self._column.append(column)
+        self.at_depth[0] += added
+        return torch.arange(start, start + added)
+
+    def ready(self, tokens: Tensor, layer: int) -> Tensor:
+        """Those of `tokens` whose next layer is `layer` (law 2)."""
+        return tokens[self.depth[tokens] == layer]
+
+    def advance(self, tokens: Tensor, layer: int) -> None:
+        """Notes that `layer` has computed `tokens`, all of which were waiting for it."""
+        self.depth[tokens] = layer + 1
+        self.at_depth[layer] -= tokens.numel()
+        self.at_depth[layer + 1] += tokens.numel()
+
+    def restore(self, depth: Tensor) -> None:
+        """Goes back to an earlier `depth` [t], forgetting the tokens that came later."""
+        for buffer in (self._depth, self._position, self._column):
+            buffer.truncate(depth.numel())
+        self.depth.copy_(depth)
+        self.at_depth = torch.bincount(depth, minlength=self.layers + 1).tolist()
+
+    def copy(self) -> "Ledger":
+        """An independent copy."""
+        twin = Ledger(self.layers)
+        twin._depth, twin._position, twin._column = self._depth.copy(), self._position.copy(), self._column.copy()
+        twin.at_depth = list(self.at_depth)
+        return twin

@@ -1,0 +1,36 @@
+"""What a cache policy decides: what happens to a pruned token, and what is attended."""
+
+from typing import ClassVar, Literal
+
+from lazyllm.caches.frontier import FrontierStore
+from lazyllm.caches.store import KeyValueStore
+from lazyllm.policies.base import Policy
+
+
+class CachePolicy(Policy):
+    """Base of cache policies. Subclasses set the class flags, or return stores of their own.
+
+    Attributes:
+        attend: "visible" attends to the tokens selected in this step (the paper); "cached" to every
+            token that has K/V at the layer.
+        prunes: whether tokens are pruned at all.
+        revives: whether a pruned token's frontier is kept, so that it can be taken up again.
+    """
+
+    prunes: ClassVar[bool] = True
+    revives: ClassVar[bool] = True
+
+    attend: Literal["visible", "cached"] = "visible"
+
+    @property
+    def selects_in_decode(self) -> bool:
+        """Whether a decode step selects anew, or uses at each layer what is stored there."""
+        return False
+
+    def new_store(self) -> KeyValueStore:
+        """An empty K/V store for one row at one layer."""
+        return KeyValueStore()
+
+    def new_frontier(self) -> FrontierStore:
+        """An empty frontier store for one row."""
+        return FrontierStore()

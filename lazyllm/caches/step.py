@@ -1,0 +1,251 @@
+"""One forward call as a transaction on the cache: all of it happens, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from lazyllm.caches.lazy_cache import LayerView, LazyCache
+from lazyllm.caches.row import Row, same_tokens, token_counts
+from lazyllm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Parked:
+    """Tokens of a row that stopped in this step, and the states they stopped with."""
+
+    row: int
+    tokens: Tensor
+    states: Tensor
+
+
+@contextmanager
+def open_step(
+    cache: LazyCache,
+    hidden: Tensor,
+    *,
+    layers: int,
+    padding: Tensor | None,
+    position_ids: Tensor | None,
+    read_last: int | None = None,
+) -> Iterator[Step]:
+    """A step over hidden [b, t, c] that is committed at the end, or rolled back if anything raises.
+
+    Args:
+        cache: the cache to work on.
+        hidden: embeddings of the new tokens, padding included.
+        layers: number of layers of the model.
+        padding: 2-D mask [b, >= t], true where a real token stands; None = no padding.
+        position_ids: [b or 1, t]; None = counted on.
+        read_last: how many columns at the end will have their logits read, if the caller said so.
+
+    Raises:
+        CacheError: when the cache is in the middle of another step, or of another batch size.
+        InputError: for a mask or positions that cannot be.
+    """
+    with cache.claim("step"):
+        mark = cache.mark()
+        try:
+            cache.open_rows(hidden.shape[0], layers)
+            step = Step(cache, hidden, padding, position_ids, read_last)
+            yield step
+            step.commit()
+        except BaseException:
+            cache.restore(mark)
+            raise
+
+
+class Step:
+    """The tokens of a forward call on their way through the layers, all rows packed behind each other.
+
+    Attributes:
+        rows: the cache's rows.
+        new: by row, the tokens this call brought.
+        flight: by row, the tokens computed by the latest layer, ascending; before the first, `new`.
+        states: [1, t, c] their hidden states, packed.
+        is_prefill: whether the call brings more than one column, or the first.
+    """
+
+    def __init__(
+        self, cache: LazyCache, hidden: Tensor, padding: Tensor | None, position_ids: Tensor | None, read_last: int | None
+    ) -> None:
+        self.cache = cache
+        self.rows: list[Row] = cache.rows
+        self.batch, self.width, _ = hidden.shape
+        self.is_prefill = self.width > 1 or not cache.columns
+        self._read_last = read_last
+        self._parked: list[Parked] = []
+        self._revived: list[list[Tensor]] = [[] for _ in self.rows]
+        self._real = self._real_columns(padding)
+        self.states = self._pack(hidden)
+        self.new = self._append(self._row_positions(position_ids))
+        self.flight = self.new
+
+    # -- opening -----------------------------------------------------------------------------------
+
+    def _real_columns(self, padding: Tensor | None) -> list[Tensor]:
+        """By row, the columns [t] of this call that hold real tokens."""
+        everything = torch.arange(self.width)
+        if padding is None:
+            return [everything] * self.batch
+        if padding.ndim != 2 or padding.shape[0] != self.batch or padding.shape[1] < self.width:
+            raise InputError(
+                f"the attention mask must be 2-D, {self.batch} rows by at least {self.width} columns, "
+                f"got shape {tuple(padding.shape)}"
+            )
+        recent = padding[:, -self.width :].cpu().bool()
+        return [everything[row] for row in recent]
+
+    def _row_positions(self, position_ids: Tensor | None) -> list[Tensor]:
+        """By row, the positions [t] of its new tokens.
+
+        Positions that do not continue the row are counted on from its last token: transformers'
+        generate counts from the padding when that stands on the right.
+        """
+        given = None if position_ids is None else position_ids.cpu().expand(self.batch, -1)
+        rows = []
+        for index, (row, columns) in enumerate(zip(self.rows, self._real, strict=True)):
+            last = int(row.ledger.position[-1]) if len(row.ledger) else -1
+            positions = last + 1 + torch.arange(columns.numel()) if given is None else given[index][columns]
+            if positions.numel() and positions[0] <= last:
+                positions = positions - positions[0] + last + 1
+            if not bool((positions.diff() > 0).all()):
+                raise InputError(f"positions of row {index} must rise from token to token, got {positions.tolist()[:16]}")
+            rows.append(positions)
+        return rows
+
+    def _pack(self, hidden: Tensor) -> Tensor:
+        """Real tokens of hidden [b, t, c] behind each other, [1, t, c]."""
+        if sum(token_counts(self._real)) == self.batch * self.width:
+            return rearrange(hidden, "b t c -> 1 (b t) c")
+        return torch.cat([hidden[row, columns.to(hidden.device)] for row, columns in enumerate(self._real)])[None]
+
+    def _append(self, positions: list[Tensor]) -> list[Tensor]:
+        """Enters the new tokens in the ledgers, at depth 0."""
+        columns = self.cache.columns
+        self.cache.columns += self.width
+        new = [
+            row.ledger.append(places, real + columns)
+            for row, places, real in zip(self.rows, positions, self._real, strict=True)
+        ]
+        if self.is_prefill:
+            for row in self.rows:
+                row.reply_start = len(row.ledger)
+        return new
+
+    # -- the way through the layers ------------------------------------------------------------------
+
+    def todo(self, visible: list[Tensor], layer: int) -> list[Tensor]:
+        """By row, the visible tokens whose next layer is `layer` (law 2)."""
+        ready = [row.ledger.ready(tokens, layer) for row, tokens in zip(self.rows, visible, strict=True)]
+        return self.flight if same_tokens(ready, self.flight) else ready
+
+    def pending(self, todo: list[Tensor]) -> Tensor:
+        """Hidden states [1, t, c] of `todo`: those in flight, and revived ones from where they stopped.
+
+        Tokens in flight that are not in `todo` were pruned: they are parked.
+        """
+        if todo is not self.flight:
+            packed = self.states[0].split(token_counts(self.flight))
+            self.states = torch.cat([self._next_states(row, todo[row], states) for row, states in enumerate(packed)])[None]
+            self.flight = todo
+        return self.states
+
+    def _next_states(self, row: int, todo: Tensor, states: Tensor) -> Tensor:
+        flight = self.flight[row]
+        goes_on = torch.isin(flight, todo, assume_unique=True)
+        if not bool(goes_on.all()):
+            stops = ~goes_on
+            self._parked.append(Parked(row, flight[stops], states[stops.to(states.device)]))
+            states = states[goes_on.to(states.device)]
+        if todo.numel() == states.shape[0]:
+            return states
+        revived = ~torch.isin(todo, flight, assume_unique=True)
+        self._revived[row].append(todo[revived])
+        merged = states.new_empty(todo.numel(), states.shape[-1])
+        merged[(~revived).to(states.device)] = states
+        merged[revived.to(states.device)] = self.rows[row].frontier.read(todo[revived]).to(states)
+        return merged
+
+    def positions(self) -> Tensor:
+        """Positions [1, t] of the packed tokens in flight."""
+        parts = [row.ledger.position[tokens] for row, tokens in zip(self.rows, self.flight, strict=True)]
+        return torch.cat(parts)[None].to(self.states.device)
+
+    def view(self, layer: int, visible: list[Tensor]) -> LayerView:
+        """The cache as `layer` sees it."""
+        return LayerView(self.cache, layer, self.flight, visible)
+
+    def advance(self, layer: int, states: Tensor) -> None:
+        """Takes the layer's output [1, t, c]: the tokens in flight are one layer deeper."""
+        self.states = states
+        for row, tokens in zip(self.rows, self.flight, strict=True):
+            row.ledger.advance(tokens, layer)
+
+    def read_range(self, row: int) -> tuple[int, int]:
+        """Token range of the row whose logits the caller asked for by number (never pruned)."""
+        length = len(self.rows[row].ledger)
+        if not self._read_last:
+            return length, length
+        read = self._real[row] >= self.width - self._read_last
+        return length - int(read.sum()), length
+
+    # -- closing -------------------------------------------------------------------------------------
+
+    def output(self, *, allow_missing: bool) -> Tensor:
+        """The last layer's output as the model expects it, [b, t, c].
+
+        A token that was pruned on the way has none: its place holds NaN. A padding column repeats the
+        row's last token, so that column -1 predicts the next token on either side of padding.
+
+        Raises:
+            InputError: when such a place will be read and `allow_missing` is not set.
+        """
+        packed = self.states[0].split(token_counts(self.flight))
+        reached = [tokens[tokens >= self._first_new(row)] for row, tokens in enumerate(self.flight)]
+        for row, states in enumerate(packed):
+            if states.shape[0]:
+                self.rows[row].last_output = states[-1]
+        if not allow_missing:
+            self._check_read(reached)
+        if all(tokens.numel() == self.width for tokens in self.flight):
+            return rearrange(self.states, "1 (b t) c -> b t c", b=self.batch)
+        out = self.states.new_full((self.batch, self.width, self.states.shape[-1]), torch.nan)
+        for row, (tokens, states) in enumerate(zip(reached, packed, strict=True)):
+            last_output = self.rows[row].last_output
+            if last_output is not None and self._real[row].numel() < self.width:
+                out[row] = repeat(last_output, "c -> t c", t=self.width)
+                out[row, self._real[row].to(out.device)] = torch.nan
+            columns = self._real[row][tokens - self._first_new(row)]
+            out[row, columns.to(out.device)] = states[states.shape[0] - tokens.numel() :]
+        return out
+
+    def _first_new(self, row: int) -> int:
+        return len(self.rows[row].ledger) - self.new[row].numel()
+
+    def _check_read(self, reached: list[Tensor]) -> None:
+        first_read = self.width - self._read_last if self._read_last else 0
+        for row, tokens in enumerate(reached):
+            asked = self.new[row][self._real[row] >= first_read]
+            missing = asked[~torch.isin(asked, tokens)]
+            if missing.numel():
+                raise InputError(
+                    f"logits were asked for {asked.numel()} positions of row {row}, but {missing.numel()} of them were "
+                    f"pruned and have none (tokens {missing.tolist()[:8]}...). Ask for the last ones only "
+                    "(logits_to_keep=1), protect them with Protect(spans=[(start, stop)]), or take NaN in their place "
+                    "with attached(missing='nan')"
+                )
+
+    def commit(self) -> None:
+        """Makes the step's effect on the frontier states final."""
+        for row, revived in zip(self.rows, self._revived, strict=True):
+            for tokens in revived:
+                row.frontier.free(tokens)
+        if self.cache.policy.revives:
+            for parked in self._parked:
+                self.rows[parked.row].frontier.put(parked.tokens, parked.states)

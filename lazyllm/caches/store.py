@@ -1,0 +1,65 @@
+"""Keys and values of one row at one layer, for the tokens that were computed there and no others."""
+
+import torch
+from torch import Tensor
+
+from lazyllm.indexing import GrowingBuffer, locate
+
+
+class KeyValueStore:
+    """Compact K/V: slot s holds the s-th token computed at this layer.
+
+    After a prefill the slots are in order of position; a revived token is appended, so storage order
+    says nothing and positions decide (law 8).
+    """
+
+    def __init__(self) -> None:
+        self._keys, self._values, self._tokens = GrowingBuffer(1), GrowingBuffer(1), GrowingBuffer(0)
+        self._tokens.append(torch.empty(0, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return self._tokens.length
+
+    @property
+    def tokens(self) -> Tensor:
+        """[s] which token each slot holds."""
+        return self._tokens.read()
+
+    def append(self, tokens: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores keys and values [g, t, d] of `tokens` [t]."""
+        self._tokens.append(tokens)
+        self._keys.append(keys)
+        self._values.append(values)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [g, s, d] of all slots, without a copy."""
+        return self._keys.read(), self._values.read()
+
+    def gather(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [g, v, d] of `tokens` [v], in that order."""
+        keys, values = self.read()
+        slots = locate(self.tokens, tokens).to(keys.device)
+        return keys.index_select(1, slots), values.index_select(1, slots)
+
+    def truncate(self, length: int) -> None:
+        """Forgets the slots from `length` on."""
+        for buffer in (self._tokens, self._keys, self._values):
+            buffer.truncate(length)
+
+    def crop(self, tokens: int) -> None:
+        """Forgets every token whose index is `tokens` or more."""
+        slots = torch.nonzero(self.tokens < tokens).squeeze(-1)
+        if slots.numel() < len(self):
+            for buffer in (self._tokens, self._keys, self._values):
+                buffer.keep(slots)
+
+    def copy(self) -> "KeyValueStore":
+        """An independent copy."""
+        twin = type(self)()
+        twin._keys, twin._values, twin._tokens = self._keys.copy(), self._values.copy(), self._tokens.copy()
+        return twin
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the keys and values in use."""
+        return self._keys.used_bytes + self._values.used_bytes

@@ -1,0 +1,51 @@
+"""Every exception lazyllm raises on purpose.
+
+    LazyLLMError
+    ├── ConfigError            a policy, preset or config file says something impossible
+    ├── PolicyError            a policy broke its own contract while running
+    ├── UnsupportedModelError  the model's layers do not follow the contract lazyllm needs
+    ├── AttachError            the model already runs under a LazyStack
+    ├── CacheError             a cache is of the wrong kind, model, batch or in use
+    └── InputError             a prompt, mask, position or requested output cannot be used
+
+`ConfigError` and `InputError` are also `ValueError`, so generic callers may catch that.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LazyLLMError(Exception):
+    """Base of all errors lazyllm raises on purpose."""
+
+
+class ConfigError(LazyLLMError, ValueError):
+    """A policy, preset or configuration file says something impossible."""
+
+
+class PolicyError(LazyLLMError):
+    """A policy broke its contract while running, e.g. a scorer returned NaN."""
+
+
+class UnsupportedModelError(LazyLLMError):
+    """The model does not follow the layer contract; the message names what is missing."""
+
+
+class AttachError(LazyLLMError):
+    """The model already runs under a LazyStack."""
+
+
+class CacheError(LazyLLMError):
+    """A cache is of the wrong kind, belongs to another model or batch, or is in use."""
+
+
+class InputError(LazyLLMError, ValueError):
+    """A prompt, mask, position or requested output cannot be used."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """Message for an unknown name: shows it, the nearest one that exists, and all that exist."""
+    names = sorted(known)
+    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."

@@ -1,0 +1,83 @@
+"""Finding tokens in the order they are stored, and buffers that grow."""
+
+import torch
+from torch import Tensor
+
+
+def locate(stored: Tensor, wanted: Tensor) -> Tensor:
+    """Slot of each `wanted` token [v] in `stored` [s]; every wanted token must be stored.
+
+    Cheap when `stored` is ascending, as it is until a token is revived.
+    """
+    if stored.numel() == wanted.numel() and torch.equal(stored, wanted):
+        return torch.arange(wanted.numel())
+    if is_ascending(stored):
+        return torch.searchsorted(stored, wanted)
+    order = torch.argsort(stored)
+    return order[torch.searchsorted(stored, wanted, sorter=order)]
+
+
+def is_ascending(tokens: Tensor) -> bool:
+    """Whether token indices [s] rise strictly."""
+    return bool((tokens[1:] > tokens[:-1]).all())
+
+
+class GrowingBuffer:
+    """A tensor that grows along one axis by at least half of its size, so that appending is cheap.
+
+    Attributes:
+        length: entries in use.
+    """
+
+    HEADROOM = 64
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.length = 0
+        self._data: Tensor | None = None
+
+    def append(self, entries: Tensor) -> None:
+        """Adds entries behind the last one."""
+        added = entries.shape[self.axis]
+        if self._data is None or self.length + added > self._data.shape[self.axis]:
+            self._grow(entries, self.length + added)
+        assert self._data is not None
+        self._data.narrow(self.axis, self.length, added).copy_(entries)
+        self.length += added
+
+    def _grow(self, like: Tensor, needed: int) -> None:
+        shape = list(like.shape)
+        shape[self.axis] = max(needed + self.HEADROOM, self.length + self.length // 2)
+        grown = like.new_empty(shape)
+        if self._data is not None:
+            grown.narrow(self.axis, 0, self.length).copy_(self.read())
+        self._data = grown
+
+    def read(self) -> Tensor:
+        """All entries in use, without a copy."""
+        assert self._data is not None, "nothing was appended yet"
+        return self._data.narrow(self.axis, 0, self.length)
+
+    def truncate(self, length: int) -> None:
+        """Forgets the entries from `length` on."""
+        self.length = min(self.length, length)
+
+    def keep(self, slots: Tensor) -> None:
+        """Keeps only the entries at `slots`, in that order."""
+        if self._data is None:
+            return
+        kept = self.read().index_select(self.axis, slots.to(self._data.device))
+        self._data, self.length = None, 0
+        self.append(kept)
+
+    def copy(self) -> "GrowingBuffer":
+        """An independent copy."""
+        twin = GrowingBuffer(self.axis)
+        if self._data is not None:
+            twin.append(self.read())
+        return twin
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the entries in use."""
+        return 0 if self._data is None else self.read().numel() * self._data.element_size()

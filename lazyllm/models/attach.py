@@ -1,0 +1,79 @@
+"""Putting a LazyStack into a model and taking it out again, whatever happens in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lazyllm.callbacks import Callback
+from lazyllm.models.attention import ATTENTION_NAME
+from lazyllm.models.families import DecoderContract, contract_of, try_layers
+from lazyllm.models.stack import LazyStack, Missing
+from lazyllm.policies.select import Selector
+
+
+@contextmanager
+def attached(
+    model: PreTrainedModel, selector: Selector, callbacks: Sequence[Callback] = (), *, missing: Missing = "error"
+) -> Iterator[LazyStack]:
+    """The model with its layers run by a LazyStack; restored on the way out, also after an exception.
+
+    Raises:
+        AttachError: when it is attached already.
+        UnsupportedModelError: when it does not follow the contract.
+    """
+    contract = contract_of(model)
+    stack = LazyStack(contract, selector, callbacks, missing)
+    stack.train(model.training)
+    hook = model.register_forward_pre_hook(_note_logits_to_keep(stack), with_kwargs=True)
+    with lazy_attention(contract):
+        cast(Any, contract.decoder).layers = nn.ModuleList([stack])
+        try:
+            yield stack
+        finally:
+            cast(Any, contract.decoder).layers = contract.layers
+            hook.remove()
+
+
+def _note_logits_to_keep(stack: LazyStack) -> Any:
+    """A forward pre-hook that tells the stack which logits the caller will read; 0 means all."""
+
+    def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.logits_to_keep = kwargs.get("logits_to_keep", 0)
+
+    return note
+
+
+@contextmanager
+def lazy_attention(contract: DecoderContract) -> Iterator[None]:
+    """Routes the decoder's attention through `planned_attention` for as long as the context lasts."""
+    configs = {id(config): config for module in contract.decoder.modules() if (config := _config(module)) is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = ATTENTION_NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def _config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "_attn_implementation_internal") else None
+
+
+def check_model(model: PreTrainedModel) -> DecoderContract:
+    """Reads a model's contract and tries its layers with one token.
+
+    Raises:
+        UnsupportedModelError: when it does not follow the contract.
+    """
+    contract = contract_of(model)
+    with lazy_attention(contract):
+        try_layers(contract, type(model).__name__)
+    return contract

@@ -1,0 +1,167 @@
+"""The attention function lazyllm registers with transformers: the model's own kernel, run row by row.
+
+It is handed an `AttentionPlan` in place of a mask, cuts the packed queries and keys into rows, gives
+each row to the kernel the model was loaded with, and notes the queries and keys for the scorer.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lazyllm.indexing import locate
+from lazyllm.models.masks import additive, causal, padding_mask
+
+ATTENTION_NAME = "lazyllm"
+FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+KERNELS = ("sdpa", "eager", *FLASH_KERNELS)
+
+Kernel = Callable[..., tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Queries and keys of one row as its layer used them: after RoPE, q/k-norm and scaling rules.
+
+    Attributes:
+        queries: [h, q, d] of the step's new tokens, in order of position.
+        query_positions: [q] their positions.
+        keys: [g, k, d] of the attended tokens, in storage order.
+        key_tokens: [k] which tokens these are.
+        key_positions: [k] their positions.
+        scaling: factor on the dot products.
+        softcap: tanh cap on the logits, None = none.
+        window: sliding window in positions, None = full attention.
+        sinks: [h] extra logits that take probability and give no value, None = none.
+    """
+
+    queries: Tensor
+    query_positions: Tensor
+    keys: Tensor
+    key_tokens: Tensor
+    key_positions: Tensor
+    scaling: float
+    softcap: float | None
+    window: int | None
+    sinks: Tensor | None
+
+    def probabilities(self, last: int) -> Tensor:
+        """Attention [h, q, k] in float32 (float64 stays) of the `last` queries; O(last * k), never N x N."""
+        last = min(last, self.queries.shape[1])
+        queries = rearrange(self.queries[:, -last:], "(g n) q d -> g (n q) d", g=self.keys.shape[0])
+        logits = torch.matmul(queries, self.keys.transpose(1, 2))
+        logits = rearrange(logits, "g (n q) k -> (g n) q k", q=last) * self.scaling
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        allowed = causal(self.query_positions[-last:], self.key_positions, self.window)
+        logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+        if self.sinks is not None:
+            sinks = repeat(self.sinks.to(logits), "h -> h q 1", q=last)
+            return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+        return logits.softmax(-1)
+
+    def columns(self, tokens: Tensor) -> Tensor:
+        """Indices [v] of `tokens` along the key axis."""
+        return locate(self.key_tokens, tokens).to(self.keys.device)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Attention of one row at one layer.
+
+    Attributes:
+        row: index of the row in the batch.
+        queries: slice of the packed query axis.
+        keys: slice of the packed key axis.
+        query_tokens: [q] the tokens to compute, ascending.
+        key_tokens: [k] the tokens attended, in storage order.
+        new_queries: how many of the last queries are the step's new tokens.
+        positions: [t] position of every token of the row.
+        mask: [1, 1, q, k] booleans, or None where the kernel's causal rule is right by itself.
+    """
+
+    row: int
+    queries: slice
+    keys: slice
+    query_tokens: Tensor
+    key_tokens: Tensor
+    new_queries: int
+    positions: Tensor
+    mask: Tensor | None
+
+
+@dataclass
+class AttentionPlan:
+    """What the attention function needs for one layer of one step.
+
+    Attributes:
+        rows: the rows that compute something.
+        kernel: name of the attention implementation the model was loaded with.
+        window: the layer's sliding window in positions.
+        capture: whether the scorer will ask for queries and keys.
+        captured: by row, filled when `capture` is set.
+        calls: how often the layer has called the attention function.
+    """
+
+    rows: list[RowPlan]
+    kernel: str
+    window: int | None
+    capture: bool
+    captured: dict[int, AttentionInputs] = field(default_factory=dict)
+    calls: int = 0
+
+
+def planned_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionPlan, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention over packed rows: query [1, h, q, d], key and value [1, g, k, d] to [1, q, h, d]."""
+    plan = attention_mask
+    plan.calls += 1
+    outputs = []
+    for row in plan.rows:
+        queries, keys, values = query[:, :, row.queries], key[:, :, row.keys], value[:, :, row.keys]
+        if plan.capture:
+            new = row.new_queries
+            plan.captured[row.row] = AttentionInputs(
+                queries=queries[0, :, queries.shape[2] - new :],
+                query_positions=row.positions[row.query_tokens[row.query_tokens.numel() - new :]],
+                keys=keys[0],
+                key_tokens=row.key_tokens,
+                key_positions=row.positions[row.key_tokens],
+                scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
+                softcap=kwargs.get("softcap"),
+                window=plan.window,
+                sinks=kwargs.get("s_aux"),
+            )
+        kernel, mask = choose_kernel(plan.kernel, module, row.mask, queries)
+        outputs.append(kernel(module, queries, keys, values, mask, **kwargs)[0])
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def choose_kernel(name: str, module: nn.Module, mask: Tensor | None, queries: Tensor) -> tuple[Kernel, Tensor | None]:
+    """The kernel for one row and the mask in the form it reads.
+
+    Flash kernels read no arbitrary mask, so rows that need one run on sdpa.
+    """
+    if name == "eager":
+        return eager_kernel(module), additive(mask, queries)
+    if name in FLASH_KERNELS and mask is None:
+        return ALL_ATTENTION_FUNCTIONS[name], None
+    return ALL_ATTENTION_FUNCTIONS["sdpa"], mask
+
+
+def eager_kernel(module: nn.Module) -> Kernel:
+    """The eager attention of the family `module` belongs to, as its own file defines it."""
+    kernel: Kernel = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return kernel
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, planned_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, padding_mask)

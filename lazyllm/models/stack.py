@@ -1,0 +1,164 @@
+"""LazyLLM's forward pass (Fu et al. 2024, arXiv 2407.14057, Figure 4), as one module that runs a decoder's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lazyllm.caches.lazy_cache import LayerView, LazyCache
+from lazyllm.caches.step import Step, open_step
+from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEnd
+from lazyllm.errors import CacheError, InputError
+from lazyllm.models.attention import AttentionPlan, RowPlan
+from lazyllm.models.families import DecoderContract
+from lazyllm.models.masks import RowMasks
+from lazyllm.policies.select import Selector
+
+Missing = Literal["error", "nan"]
+
+
+class LazyStack(nn.Module):
+    """Runs the original layers over the tokens that matter; stands in for `decoder.layers`.
+
+    Args:
+        contract: the decoder's layers and what is known about them.
+        selector: decides which tokens enter the next layer.
+        callbacks: told about every layer and step.
+        missing: "error" refuses to return logits of pruned positions, "nan" returns NaN for them.
+    """
+
+    def __init__(
+        self, contract: DecoderContract, selector: Selector, callbacks: Sequence[Callback] = (), missing: Missing = "error"
+    ) -> None:
+        super().__init__()
+        self.layers = contract.layers
+        self.contract, self.selector, self.callbacks, self.missing = contract, selector, callbacks, missing
+        self.logits_to_keep: int | Tensor = 0
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LazyCache | None = None,
+        position_embeddings: object = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states [b, t, c] to the last layer's output [b, t, c]; NaN where a token was pruned."""
+        cache = self._admit(past_key_values, hidden_states)
+        keep = self.logits_to_keep if isinstance(self.logits_to_keep, int) else None
+        with open_step(
+            cache,
+            hidden_states,
+            layers=len(self.layers),
+            padding=attention_mask,
+            position_ids=position_ids,
+            read_last=keep,
+        ) as step:
+            self._tell_start(step)
+            visible = self.selector.first(step)
+            rope, masks = None, RowMasks(hidden_states.device)
+            for i, layer in enumerate(self.layers):
+                flight, todo = step.flight, step.todo(visible, i)  # visible tokens whose depth is i (law 2)
+                hidden = self.contract.to_layer(step.pending(todo), i)  # in flight, or revived from the Aux Cache
+                if rope is None or todo is not flight:
+                    rope = self.contract.rope(hidden, positions := step.positions())
+                view = step.view(i, visible)
+                plan = self._plan(step, view, i, visible, masks)
+                hidden = layer(
+                    hidden,
+                    attention_mask=plan,
+                    position_ids=positions,
+                    past_key_values=view,
+                    position_embeddings=self.contract.to_layer(rope[self.contract.rope_types[i]], i),
+                    **kwargs,
+                )
+                step.advance(i, hidden)  # depth is i + 1 now
+                self._tell_layer(step, view, i, visible)
+                visible = self.selector.select(step, i, visible, plan.captured)  # the only pruning decision
+            output = step.output(allow_missing=self.missing == "nan")
+        self._tell_end(step)
+        return output
+
+    def _admit(self, cache: object, hidden: Tensor) -> LazyCache:
+        """Refuses what cannot work before anything runs."""
+        if not isinstance(cache, LazyCache):
+            raise CacheError(
+                f"the attached model needs past_key_values=pipe.new_cache(), got {type(cache).__name__}; "
+                "transformers makes a cache of its own when none is given"
+            )
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise InputError("lazyllm is for inference: call the model under torch.no_grad() or torch.inference_mode()")
+        longest = self.contract.max_positions
+        if hidden.shape[1] > 1 and longest is not None and cache.columns + hidden.shape[1] > longest:
+            raise InputError(
+                f"the prompt has {cache.columns + hidden.shape[1]} tokens, the model has positions for {longest}"
+            )
+        cache.bind(self.contract.decoder)
+        return cache
+
+    def _plan(
+        self, step: Step, view: LayerView, layer: int, visible: list[Tensor], masks: RowMasks
+    ) -> AttentionPlan:
+        """How this layer attends: row by row, with a mask only where the kernel needs one."""
+        window = self.contract.windows[layer]
+        rows = []
+        query = key = 0
+        for index, (todo, attended) in enumerate(zip(view.todo, view.attended, strict=True)):
+            if not todo.numel():
+                continue
+            queries, keys = slice(query, query + todo.numel()), slice(key, key + attended.numel())
+            query, key = queries.stop, keys.stop
+            positions = step.rows[index].ledger.position
+            rows.append(
+                RowPlan(
+                    row=index,
+                    queries=queries,
+                    keys=keys,
+                    query_tokens=todo,
+                    key_tokens=attended,
+                    new_queries=int((todo >= step.new[index][0]).sum()),
+                    positions=positions,
+                    mask=masks.get(index, todo, attended, positions, window),
+                )
+            )
+        return AttentionPlan(
+            rows=rows,
+            kernel=self.contract.kernel,
+            window=window,
+            capture=self.selector.will_score(step, layer, visible),
+        )
+
+    def _tell_start(self, step: Step) -> None:
+        if step.is_prefill:
+            event = PrefillStart(tuple(tokens.numel() for tokens in step.new), len(self.layers))
+            for callback in self.callbacks:
+                callback.on_prefill_start(event)
+
+    def _tell_layer(self, step: Step, view: LayerView, layer: int, visible: list[Tensor]) -> None:
+        if not self.callbacks:
+            return
+        rows = tuple(
+            RowTrace(visible=seen, computed=todo, attended=attended, first_new=len(row.ledger) - new.numel())
+            for row, seen, todo, attended, new in zip(
+                step.rows, visible, view.todo, view.attended, step.new, strict=True
+            )
+        )
+        event = LayerEnd(layer=layer, layers=len(self.layers), is_prefill=step.is_prefill, rows=rows)
+        for callback in self.callbacks:
+            callback.on_layer_end(event)
+
+    def _tell_end(self, step: Step) -> None:
+        event = StepEnd(
+            is_prefill=step.is_prefill,
+            context_tokens=tuple(len(row.ledger) for row in step.rows),
+            new_tokens=tuple(tokens.numel() for tokens in step.new),
+            kv_bytes=step.cache.kv_bytes,
+            aux_bytes=step.cache.aux_bytes,
+        )
+        for callback in self.callbacks:
+            callback.on_step_end(event)

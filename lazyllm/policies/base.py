@@ -1,0 +1,259 @@
+"""What every policy is: a frozen, validated value that can be written down and read back."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from lazyllm.errors import ConfigError, unknown
+from lazyllm.models.attention import AttentionInputs
+
+LayerIndex = int | float
+"""A layer as a number (`9`) or as a fraction of the depth (`0.3`)."""
+
+
+class Policy(BaseModel):
+    """A frozen choice along one axis. Fields may be given by name or, in order, by position.
+
+    Raises:
+        ConfigError: for an unknown field or a value out of bounds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        fields = list(type(self).model_fields)
+        if len(args) > len(fields):
+            raise ConfigError(f"{type(self).__name__} takes at most {len(fields)} values, got {len(args)}")
+        positional = dict(zip(fields, args, strict=False))
+        if twice := sorted(positional.keys() & kwargs.keys()):
+            raise ConfigError(f"{type(self).__name__} got {twice[0]!r} twice, by position and by name")
+        try:
+            super().__init__(**positional, **kwargs)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the policy's docstring."""
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in type(self).model_fields)
+        return f"{type(self).__name__}({fields})"
+
+
+def explain(error: ValidationError, owner: type[BaseModel]) -> str:
+    """One readable line per fault: where, what is wrong, the value, the allowed names."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{owner.__name__}: " + unknown("field", where, owner.model_fields))
+        else:
+            shown = "" if isinstance(fault["input"], Mapping) and fault["type"] == "missing" else f", got {fault['input']!r}"
+            lines.append(f"{owner.__name__}.{where}: {fault['msg'].removeprefix('Value error, ')}{shown}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """What a scorer may look at after a layer, for one row of the batch.
+
+    Attributes:
+        layer: the layer that has just run, -1 before the first.
+        tokens: [v] indices of the visible tokens, ascending; scores are asked for these.
+        positions: [v] their positions.
+        context_tokens: number of tokens the row has seen so far, pruned ones included.
+        computed: [q] indices of the tokens the layer has computed in this step.
+        states: [q, c] their hidden states after the layer (the embeddings when layer is -1).
+        attention: the queries and keys the layer used; None before the first layer.
+    """
+
+    layer: int
+    tokens: Tensor
+    positions: Tensor
+    context_tokens: int
+    computed: Tensor
+    states: Tensor
+    attention: AttentionInputs | None
+
+    def attention_to_visible(self, queries: int) -> Tensor:
+        """Attention probabilities [h, q, v] of the last `queries` new tokens over the visible ones."""
+        assert self.attention is not None, "a scorer that reads attention runs after a layer only"
+        return self.attention.probabilities(queries)[..., self.attention.columns(self.tokens)]
+
+
+class Scorer(Policy):
+    """Gives every visible token a score; the highest are kept.
+
+    A scorer is pure: the same context gives the same scores. `needs_attention` says that it reads
+    `context.attention`, so that it cannot prune before the first layer.
+    """
+
+    needs_attention: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, context: ScoreContext) -> Tensor:
+        """Scores [v], float, higher = keep; finite."""
+        raise NotImplementedError
+
+
+class Schedule(Policy):
+    """Says which fraction of the context may enter each layer."""
+
+    @abstractmethod
+    def keep_ratios(self, layers: int) -> list[float]:
+        """Keep ratios in (0, 1], one per layer, non-increasing."""
+        raise NotImplementedError
+
+    def resolve(self, layers: int) -> list[float]:
+        """`keep_ratios`, checked.
+
+        Raises:
+            ConfigError: for a wrong count, a ratio outside (0, 1], or ratios that increase.
+        """
+        ratios = self.keep_ratios(layers)
+        if len(ratios) != layers:
+            raise ConfigError(f"{self} gives {len(ratios)} keep ratios for {layers} layers")
+        for layer, ratio in enumerate(ratios):
+            if not 0 < ratio <= 1:
+                raise ConfigError(f"{self}: keep ratio {ratio} at layer {layer}; it must be in (0, 1]")
+            if layer and ratio > ratios[layer - 1]:
+                raise ConfigError(
+                    f"{self}: keep ratio rises from {ratios[layer - 1]} to {ratio} at layer {layer}; "
+                    "a pruned token cannot come back within a step, so ratios must not increase over layers"
+                )
+        return ratios
+
+
+def layer_number(layer: LayerIndex, layers: int, *, owner: object) -> int:
+    """The layer number that an index or a fraction of the depth means.
+
+    Raises:
+        ConfigError: for a layer beyond the last one.
+    """
+    number = int(layer * layers + 1e-9) if isinstance(layer, float) else layer
+    if not 0 <= number < layers:
+        raise ConfigError(f"{owner}: layer {layer} does not exist; the model has layers 0 to {layers - 1}")
+    return number
+
+
+def check_layer_index(layer: LayerIndex) -> LayerIndex:
+    """Refuses fractions that name no depth and negative layers (a pydantic validator's body)."""
+    if isinstance(layer, float) and not 0 < layer < 1:
+        raise ValueError(
+            f"a layer given as a float is a fraction of the depth, in (0, 1), not {layer}; "
+            "give a whole number to name a layer"
+        )
+    if layer < 0:
+        raise ValueError(f"a layer is counted from 0, not {layer}")
+    return layer
+
+
+P = TypeVar("P", bound=Policy)
+
+
+class Registry(Mapping[str, type[P]], Generic[P]):
+    """Named policies of one axis. Classes it has never heard of work by import path.
+
+    `build` accepts what a person would write: an instance, `"Name"`, `"Name(field=value)"`,
+    `"package.module:Class(...)"`, or a mapping `{"name": ..., field: value}`.
+    """
+
+    def __init__(self, kind: str, base: type[P], classes: Sequence[type[P]]) -> None:
+        self.kind, self.base = kind, base
+        self._classes = {cls.__name__: cls for cls in classes}
+
+    def __getitem__(self, name: str) -> type[P]:
+        try:
+            return self._classes[name]
+        except KeyError:
+            raise ConfigError(unknown(self.kind, name, self._classes)) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes
+
+    def find(self, name: str) -> type[P]:
+        """The class with a registered name or an import path `package.module:Class`."""
+        if ":" not in name:
+            return self[name]
+        module_name, _, class_name = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{self.kind} {name!r} cannot be imported: {error}") from None
+        if not (isinstance(found, type) and issubclass(found, self.base)):
+            raise ConfigError(f"{self.kind} {name!r} is not a {self.base.__name__} class")
+        return cast(type[P], found)
+
+    def build(self, spec: P | str | Mapping[str, Any]) -> P:
+        """The policy that `spec` describes.
+
+        Raises:
+            ConfigError: when it describes none.
+        """
+        if isinstance(spec, self.base):
+            return spec
+        if isinstance(spec, type) and issubclass(spec, self.base):
+            raise ConfigError(f"{self.kind} is the class {spec.__name__}; give an instance, {spec.__name__}(...)")
+        if isinstance(spec, str):
+            name, args, fields = parse_call(spec)
+            return self.find(name)(*args, **fields)
+        if isinstance(spec, Mapping):
+            fields = dict(spec)
+            if not isinstance(name := fields.pop("name", None), str):
+                raise ConfigError(f"{self.kind} needs a 'name', got {dict(spec)!r}. Known: {', '.join(self)}.")
+            return self.find(name)(**fields)
+        raise ConfigError(
+            f"{self.kind} must be a {self.base.__name__}, a name or a mapping with a 'name', got {spec!r}"
+        )
+
+    def describe(self, policy: P) -> dict[str, Any]:
+        """The mapping that `build` turns back into `policy`."""
+        cls = type(policy)
+        known = self._classes.get(cls.__name__) is cls
+        name = cls.__name__ if known else f"{cls.__module__}:{cls.__qualname__}"
+        return {"name": name, **json.loads(policy.model_dump_json())}
+
+
+def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Splits `Name(1, field=2)` into name, positional and named literal values; runs no code.
+
+    Raises:
+        ConfigError: when the text is neither a name nor such a call.
+    """
+    name, bracket, _ = text.strip().partition("(")
+    if not bracket:
+        return name, [], {}
+    try:
+        call = ast.parse("f" + text.strip()[len(name) :], mode="eval").body
+        if not isinstance(call, ast.Call):
+            raise ValueError("not a call")
+        named = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+        return name, [ast.literal_eval(value) for value in call.args], named
+    except (SyntaxError, ValueError):
+        raise ConfigError(
+            f"cannot read {text!r}; write Name, or Name(field=value, ...) with plain numbers, strings, lists or dicts"
+        ) from None
+
+
+def stable_top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores; of equal ones the later token stays."""
+    order = torch.argsort(scores.flip(0), stable=True, descending=True)[:count]
+    return scores.numel() - 1 - order

@@ -1,0 +1,49 @@
+"""Attention of an observation window."""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from lazyllm.policies.base import ScoreContext, Scorer
+
+
+class WindowAttention(Scorer):
+    """Attention that the last `window` new tokens pay to each token, pooled over neighbours.
+
+    `s_i = max_{|j-i| <= pool//2} agg_h mean_q A[h, q, j]`.
+    Source: the observation window of Li et al. 2024, SnapKV, arXiv 2404.14469.
+
+    Attributes:
+        window: number of queries at the end of the prompt; a decode step has one.
+        heads: how heads are joined, "mean" or "max".
+        pool: odd width in visible tokens of the maximum over neighbours; 1 = none.
+    """
+
+    needs_attention: ClassVar[bool] = True
+
+    window: Annotated[int, Field(ge=1)] = 32
+    heads: Literal["mean", "max"] = "mean"
+    pool: Annotated[int, Field(ge=1)] = 1
+
+    @field_validator("pool")
+    @classmethod
+    def _check_odd(cls, pool: int) -> int:
+        if pool % 2 == 0:
+            raise ValueError("a centred pool has an odd width")
+        return pool
+
+    def score(self, context: ScoreContext) -> Tensor:
+        """Scores [v]."""
+        probabilities = context.attention_to_visible(queries=self.window)
+        scores = reduce(reduce(probabilities, "h q v -> h v", "mean"), "h v -> v", self.heads)
+        return max_over_neighbours(scores, self.pool)
+
+
+def max_over_neighbours(scores: Tensor, width: int) -> Tensor:
+    """Maximum of scores [v] over a centred window of `width` tokens."""
+    padded = rearrange(scores, "v -> 1 1 v")
+    pooled = F.max_pool1d(padded, width, stride=1, padding=width // 2)
+    return rearrange(pooled, "1 1 v -> v")
