@@ -1,0 +1,112 @@
+"""One frozen object that says everything about a pipeline but the model; the same in Python, JSON and YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from lazyllm.caches import CACHES, AuxCache, CachePolicy
+from lazyllm.errors import ConfigError, unknown
+from lazyllm.policies.base import Policy, Schedule, Scorer
+from lazyllm.policies.protect import Protect
+from lazyllm.policies.schedules import SCHEDULES, Stages
+from lazyllm.policies.scorers import SCORERS, LastTokenAttention
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+PAPER_STAGES: dict[int | float, float] = {0.3: 0.7, 0.6: 0.49, 0.9: 0.343}
+
+
+class LazyConfig(Policy):
+    """Scorer, schedule, cache and protected tokens. Defaults are the paper's.
+
+    Each policy may be given as an object, a name, a call such as `"WindowAttention(window=16)"`, or a
+    mapping with a `name`; classes outside the registries by import path, `"my_module:MyScorer"`.
+
+    Raises:
+        ConfigError: for anything that cannot be, with the nearest name that exists.
+    """
+
+    scorer: Annotated[Scorer, BeforeValidator(SCORERS.build), PlainSerializer(SCORERS.describe)] = Field(
+        default_factory=LastTokenAttention
+    )
+    schedule: Annotated[Schedule, BeforeValidator(SCHEDULES.build), PlainSerializer(SCHEDULES.describe)] = Field(
+        default_factory=lambda: Stages(PAPER_STAGES)
+    )
+    cache: Annotated[CachePolicy, BeforeValidator(CACHES.build), PlainSerializer(CACHES.describe)] = Field(
+        default_factory=AuxCache
+    )
+    protect: Protect = Field(default_factory=Protect)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `LazyConfig(**data)` turns back into this object."""
+        data: dict[str, Any] = json.loads(self.model_dump_json())
+        return data
+
+    def to_json(self) -> str:
+        """The configuration as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a `.json`, `.yaml` or `.yml` file."""
+        path = Path(path)
+        path.write_text(self.to_json() if path.suffix == ".json" else self.to_yaml())
+        return path
+
+    @classmethod
+    def from_text(cls, text: str, *, source: str = "text") -> LazyConfig:
+        """The configuration in JSON or YAML text (JSON is YAML); tags of any kind are refused.
+
+        Raises:
+            ConfigError: when the text is empty, no YAML, or no configuration.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{source} is not plain YAML or JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{source} holds {'nothing' if data is None else repr(data)}, not a mapping of fields")
+        if strange := [key for key in data if not isinstance(key, str)]:
+            raise ConfigError(f"{source}: {unknown('field', strange[0], cls.model_fields)}")
+        return cls(**data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LazyConfig:
+        """Reads a JSON or YAML file.
+
+        Raises:
+            ConfigError: when there is no such file, or it is no configuration.
+        """
+        path = Path(path)
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"), source=str(path))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"the configuration {str(path)!r} is not text") from None
+
+    @classmethod
+    def preset(cls, name: str | Path) -> LazyConfig:
+        """A shipped preset by name, or a configuration file by path.
+
+        Raises:
+            ConfigError: when there is neither.
+        """
+        shipped = preset_names()
+        if str(name) in shipped:
+            return cls.load(PRESET_FOLDER / f"{name}.yaml")
+        if Path(name).suffix in (".json", ".yaml", ".yml"):
+            return cls.load(name)
+        raise ConfigError(unknown("preset", str(name), shipped) + " Or give the path of a .yaml or .json file.")
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))

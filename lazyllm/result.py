@@ -1,0 +1,210 @@
+"""What a generation returns: text, tokens, and what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEnd
+from lazyllm.models.flops import FlopModel, causal_pairs
+
+
+class LayerTokens(NamedTuple):
+    """Token counts of one layer in one step."""
+
+    visible: int
+    computed: int
+    revived: int
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Cost of one generation. Layer-tokens are (layer, token) pairs.
+
+    Attributes:
+        layers: number of layers.
+        prompt_tokens, new_tokens: length of the prompt and of the reply.
+        ttft_seconds: from the call to the first new token, tokenisation included.
+        seconds_per_output_token: mean time from one new token to the next; None for a single one.
+        computed_fraction: layer-tokens computed / layer-tokens of a dense run, whole generation.
+        prefill_computed_fraction: the same for the prefill steps alone.
+        revived_tokens: layer-tokens computed after the first prefill step for tokens of earlier steps.
+        tokens_per_layer: by step, by layer, counts of visible, computed and revived tokens.
+        prefill_steps: how many of the steps were prefill.
+        flops, dense_flops: operations done, and of a dense run over the same tokens.
+        predicted_speedup: dense over actual operations of the prefill steps.
+        kv_bytes, aux_bytes: bytes of K/V and of frontier states held at the end, whole batch.
+        peak_bytes: peak of the device's allocated memory on CUDA, else of the process's resident memory.
+    """
+
+    layers: int
+    prompt_tokens: int
+    new_tokens: int
+    ttft_seconds: float
+    seconds_per_output_token: float | None
+    computed_fraction: float
+    prefill_computed_fraction: float
+    revived_tokens: int
+    tokens_per_layer: list[list[LayerTokens]]
+    prefill_steps: int
+    flops: int
+    dense_flops: int
+    predicted_speedup: float
+    kv_bytes: int
+    aux_bytes: int
+    peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        data = asdict(self)
+        data["tokens_per_layer"] = [[layer._asdict() for layer in step] for step in self.tokens_per_layer]
+        return data
+
+    def to_json(self) -> str:
+        """The statistics as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws the share of context tokens computed so far, per layer band over steps (the paper's Figure 7)."""
+        from lazyllm.evaluation.plots import plot_computed_tokens
+
+        return plot_computed_tokens(self, path)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One reply.
+
+    Attributes:
+        text: the new tokens as text; "" without a tokenizer.
+        token_ids: the new tokens, the end token included, padding not.
+        stats: what they cost.
+        output: transformers' own output object when `return_dict_in_generate=True` was asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    stats: GenerationStats
+    output: Any = None
+
+
+@dataclass
+class StepCount:
+    """What one row did in one step, as numbers."""
+
+    is_prefill: bool
+    new_tokens: int = 0
+    context_tokens: int = 0
+    layers: list[LayerTokens] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
+
+
+class StepRecorder(Callback):
+    """Counts what every row computes; the source of `GenerationStats`."""
+
+    def __init__(self, windows: Sequence[int | None]) -> None:
+        self.windows = windows
+        self.steps: list[list[StepCount]] = []
+        self.kv_bytes = self.aux_bytes = 0
+        self._open: list[StepCount] = []
+
+    def on_prefill_start(self, event: PrefillStart) -> None:
+        """Forgets the layers of a step that failed."""
+        self._open = []
+
+    def on_layer_end(self, event: LayerEnd) -> None:
+        """Counts one layer."""
+        if event.layer == 0:
+            self._open = [StepCount(event.is_prefill) for _ in event.rows]
+        for count, row in zip(self._open, event.rows, strict=True):
+            count.layers.append(LayerTokens(row.visible.numel(), row.computed.numel(), row.revived.numel()))
+            count.pairs.append(_pairs(row, self.windows[event.layer]))
+
+    def on_step_end(self, event: StepEnd) -> None:
+        """Closes the step."""
+        for count, new, context in zip(self._open, event.new_tokens, event.context_tokens, strict=True):
+            count.new_tokens, count.context_tokens = new, context
+        self.steps.append(self._open)
+        self._open = []
+        self.kv_bytes, self.aux_bytes = event.kv_bytes, event.aux_bytes
+
+
+def _pairs(row: RowTrace, window: int | None) -> int:
+    """(query, key) pairs the kernel works on: half a square without a mask, the whole rectangle with one."""
+    queries, keys = row.computed.numel(), row.attended.numel()
+    return causal_pairs(queries, window) if queries == keys else queries * keys
+
+
+def make_stats(
+    steps: list[list[StepCount]],
+    costs: FlopModel,
+    recorder: StepRecorder,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    token_times: list[float],
+    started: float,
+    peak_bytes: int,
+) -> GenerationStats:
+    """Statistics of the rows in `steps` (by row, by step); `token_times` are the clock readings per token."""
+    layers = len(costs.per_token)
+    prefill = [step for row in steps for step in row if step.is_prefill]
+    everything = [step for row in steps for step in row]
+    merged = [_sum_rows(rows) for rows in zip(*steps, strict=True)]
+    gaps = len(token_times) - 1
+    return GenerationStats(
+        layers=layers,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        ttft_seconds=token_times[0] - started,
+        seconds_per_output_token=(token_times[-1] - token_times[0]) / gaps if gaps else None,
+        computed_fraction=_computed_fraction(everything, layers),
+        prefill_computed_fraction=_computed_fraction(prefill, layers),
+        revived_tokens=sum(layer.revived for step in everything for layer in step.layers),
+        tokens_per_layer=merged,
+        prefill_steps=sum(step.is_prefill for step in steps[0]),
+        flops=sum(_flops(step, costs) for step in everything),
+        dense_flops=sum(_dense_flops(step, costs, recorder.windows) for step in everything),
+        predicted_speedup=_ratio(
+            sum(_dense_flops(step, costs, recorder.windows) for step in prefill),
+            sum(_flops(step, costs) for step in prefill),
+        ),
+        kv_bytes=recorder.kv_bytes,
+        aux_bytes=recorder.aux_bytes,
+        peak_bytes=peak_bytes,
+    )
+
+
+def _sum_rows(rows: Sequence[StepCount]) -> list[LayerTokens]:
+    return [LayerTokens(*map(sum, zip(*layer, strict=True))) for layer in zip(*(row.layers for row in rows), strict=True)]
+
+
+def _computed_fraction(steps: list[StepCount], layers: int) -> float:
+    return _ratio(
+        sum(layer.computed for step in steps for layer in step.layers), sum(step.new_tokens for step in steps) * layers
+    )
+
+
+def _flops(step: StepCount, costs: FlopModel) -> int:
+    work = sum(
+        costs.per_token[layer] * count.computed + costs.attention(layer, pairs)
+        for layer, (count, pairs) in enumerate(zip(step.layers, step.pairs, strict=True))
+    )
+    return work + costs.per_logits * bool(step.new_tokens)
+
+
+def _dense_flops(step: StepCount, costs: FlopModel, windows: Sequence[int | None]) -> int:
+    before = step.context_tokens - step.new_tokens
+    work = sum(
+        per_token * step.new_tokens
+        + costs.attention(layer, causal_pairs(step.context_tokens, windows[layer]) - causal_pairs(before, windows[layer]))
+        for layer, per_token in enumerate(costs.per_token)
+    )
+    return work + costs.per_logits * bool(step.new_tokens)
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else 1.0
