@@ -20,7 +20,7 @@ class Protect(Policy):
         sinks: how many tokens at the start of the context stay (Xiao et al. 2023, arXiv 2309.17453).
         recent: how many tokens at the end of the context stay.
         generated: whether the tokens of the running reply stay.
-        spans: token ranges `(start, stop)` of the prompt, or substrings of it; every occurrence stays.
+        spans: token ranges `(start, stop)` of the prompt, or substrings of it (the first occurrence).
     """
 
     sinks: Annotated[int, Field(ge=0)] = 0

@@ -1,0 +1,354 @@
+"""The public face: a model, a tokenizer and three policies that work together."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from lazyllm.caches import CachePolicy, LazyCache
+from lazyllm.callbacks import Callback, GenerateEnd
+from lazyllm.config import LazyConfig
+from lazyllm.errors import CacheError, ConfigError, InputError
+from lazyllm.models.attach import attached, check_model
+from lazyllm.models.flops import flop_model
+from lazyllm.models.loading import load_model
+from lazyllm.models.stack import Missing
+from lazyllm.policies.base import Schedule, Scorer
+from lazyllm.policies.protect import Protect
+from lazyllm.policies.select import Selector
+from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
+from lazyllm.result import GenerationResult, GenerationStats, StepRecorder, make_stats
+
+
+class LazyPipeline:
+    """Prunes, revives and generates with any Hugging Face decoder, as its policies say.
+
+    Without a model it is a recipe: `recipe.bind(model, tokenizer)` gives the pipeline for a model.
+
+    Args:
+        model: a causal LM of transformers; None makes a recipe.
+        tokenizer: its tokenizer; None allows token ids only.
+        scorer: importance of each context token for the next token.
+        schedule: fraction of the context that may enter each layer.
+        cache: what happens to pruned tokens, and what is attended.
+        protect: tokens that are never pruned.
+        callbacks: told about layers, steps and generations.
+
+    Raises:
+        ConfigError: when the policies do not fit each other or the model.
+        UnsupportedModelError: when the model does not follow the layer contract.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        scorer: Scorer | str | Mapping[str, Any] | None = None,
+        schedule: Schedule | str | Mapping[str, Any] | None = None,
+        cache: CachePolicy | str | Mapping[str, Any] | None = None,
+        protect: Protect | Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        given = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect}
+        self.config = LazyConfig(**{name: policy for name, policy in given.items() if policy is not None})
+        self.tokenizer = tokenizer
+        self.callbacks = tuple(callbacks)
+        self._model = model
+        if model is not None:
+            self._contract = check_model(model)
+            self._selector = Selector(
+                self.config.scorer, self.config.schedule, self.config.protect, len(self._contract.layers)
+            )
+
+    # -- making one --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LazyConfig | Mapping[str, Any],
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+    ) -> LazyPipeline:
+        """A pipeline, or a recipe, from a configuration."""
+        config = config if isinstance(config, LazyConfig) else LazyConfig(**config)
+        return cls(
+            model,
+            tokenizer,
+            scorer=config.scorer,
+            schedule=config.schedule,
+            cache=config.cache,
+            protect=config.protect,
+            callbacks=callbacks,
+        )
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str | Path,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+    ) -> LazyPipeline:
+        """A pipeline, or a recipe, from a shipped preset or the path of a configuration file."""
+        return cls.from_config(LazyConfig.preset(name), model, tokenizer, callbacks=callbacks)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        gguf_file: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        device_map: Any = None,
+        scorer: Scorer | str | Mapping[str, Any] | None = None,
+        schedule: Schedule | str | Mapping[str, Any] | None = None,
+        cache: CachePolicy | str | Mapping[str, Any] | None = None,
+        protect: Protect | Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> LazyPipeline:
+        """Loads a model and its tokenizer from a hub id, a folder or a GGUF file."""
+        recipe = cls(scorer=scorer, schedule=schedule, cache=cache, protect=protect, callbacks=callbacks)
+        return recipe.bind(*load_model(path_or_id, gguf_file=gguf_file, dtype=dtype, device_map=device_map))
+
+    def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LazyPipeline:
+        """The same policies for another model."""
+        return type(self).from_config(self.config, model, tokenizer, callbacks=self.callbacks)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model.
+
+        Raises:
+            ConfigError: when this is a recipe.
+        """
+        if self._model is None:
+            raise ConfigError("this pipeline has no model; make one with recipe.bind(model, tokenizer)")
+        return self._model
+
+    # -- running it --------------------------------------------------------------------------------
+
+    def new_cache(self, *, spans: Sequence[Sequence[tuple[int, int]]] = ()) -> LazyCache:
+        """An empty cache for one batch; `spans` are protected token ranges, one list per prompt."""
+        return LazyCache(self.config.cache, spans=spans)
+
+    @contextmanager
+    def attached(
+        self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error"
+    ) -> Iterator[PreTrainedModel]:
+        """The model, running lazily for as long as the context lasts, for a generation loop of your own.
+
+        Args:
+            callbacks: in addition to the pipeline's own.
+            missing: what to do when logits of pruned positions are asked for, "error" or "nan".
+
+        Raises:
+            AttachError: when the model is attached already.
+        """
+        with attached(self.model, self._selector, (*self.callbacks, *callbacks), missing=missing):
+            yield self.model
+
+    def generate(self, prompt: Prompt, **options: Any) -> GenerationResult | list[GenerationResult]:
+        """Generates a reply to a prompt, or to each of a list of prompts as one batch.
+
+        Args:
+            prompt: a string, token ids or chat messages; or a list of these.
+            options: any option of transformers' `generate`; `past_key_values` continues a LazyCache.
+
+        Returns:
+            One result for one prompt, a list for a list or for `num_return_sequences` > 1.
+
+        Raises:
+            InputError, CacheError, ConfigError: before the model is touched, where that is possible.
+        """
+        started = time.perf_counter()
+        model = self.model
+        many = is_batch(prompt)
+        encoded = [encode(one, self.tokenizer, self.config.protect.spans) for one in (prompt if many else [prompt])]
+        self._check_length(encoded)
+        cache = options.pop("past_key_values", None)
+        if cache is None:
+            cache = self.new_cache(spans=[one.protected for one in encoded])
+        elif not isinstance(cache, LazyCache):
+            raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
+        ids, mask = pad_left(encoded, self._pad_token_id(options), model.device)
+        clock = _TokenClock(model.device)
+        recorder = StepRecorder(self._contract.windows)
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
+        with cache.claim("generation"), self.attached(callbacks=[recorder]) as lazy:
+            output = lazy.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        results = self._results(output, encoded, ids.shape[1], recorder, clock, started, options)
+        for callback in self.callbacks:
+            callback.on_generate_end(GenerateEnd(tuple(results)))
+        return results if many or len(results) > 1 else results[0]
+
+    def stream(self, prompt: Prompt, **options: Any) -> TextStream:
+        """Generates in the background and yields text as it comes; `.result` holds the rest.
+
+        Raises:
+            InputError: for a batch, or without a tokenizer.
+        """
+        if is_batch(prompt) or self.tokenizer is None:
+            raise InputError("stream takes one prompt, and needs a tokenizer to yield text")
+        return TextStream(self, prompt, options)
+
+    # -- helpers -----------------------------------------------------------------------------------
+
+    def _check_length(self, prompts: Sequence[EncodedPrompt]) -> None:
+        longest = self._contract.max_positions
+        for prompt in prompts:
+            if longest is not None and len(prompt.token_ids) > longest:
+                raise InputError(f"the prompt has {len(prompt.token_ids)} tokens, the model has positions for {longest}")
+
+    def _pad_token_id(self, options: Mapping[str, Any]) -> int:
+        ends = self._end_token_ids(options)
+        candidates = [options.get("pad_token_id"), getattr(self.model.generation_config, "pad_token_id", None), *ends]
+        return next((token for token in candidates if token is not None), 0)
+
+    def _end_token_ids(self, options: Mapping[str, Any]) -> list[int]:
+        config = options.get("generation_config") or self.model.generation_config
+        ends = options.get("eos_token_id", config.eos_token_id)
+        return [] if ends is None else [int(end) for end in torch.as_tensor(ends).flatten()]
+
+    def _results(
+        self,
+        output: Any,
+        prompts: Sequence[EncodedPrompt],
+        width: int,
+        recorder: StepRecorder,
+        clock: _TokenClock,
+        started: float,
+        options: Mapping[str, Any],
+    ) -> list[GenerationResult]:
+        sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
+        costs = flop_model(self.model, self._contract)
+        each = sequences.shape[0] // len(prompts)
+        peak = peak_bytes(self.model.device)
+        results = []
+        for index, sequence in enumerate(sequences.tolist()):
+            prompt = index // each
+            new = _until_end(sequence[width:], self._end_token_ids(options))
+            per_prompt = len(recorder.steps[0]) // len(prompts)
+            rows = range(prompt * per_prompt, (prompt + 1) * per_prompt)
+            stats = make_stats(
+                [[step[row] for step in recorder.steps] for row in rows],
+                costs,
+                recorder,
+                prompt_tokens=len(prompts[prompt].token_ids),
+                new_tokens=len(new),
+                token_times=clock.times,
+                started=started,
+                peak_bytes=peak,
+            )
+            text = self.tokenizer.decode(new, skip_special_tokens=True) if self.tokenizer is not None else ""
+            results.append(
+                GenerationResult(cast(str, text), new, stats, None if isinstance(output, Tensor) else output)
+            )
+        return results
+
+
+class TextStream:
+    """Pieces of a reply as they come, and its result once they have all come.
+
+    Leaving the loop early and calling `close()` ends the generation after the running step.
+    """
+
+    def __init__(self, pipeline: LazyPipeline, prompt: Prompt, options: dict[str, Any]) -> None:
+        tokenizer = cast(Any, pipeline.tokenizer)
+        self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._stop = _StopSwitch()
+        self._outcome: GenerationResult | BaseException | None = None
+        criteria = [*(options.get("stopping_criteria") or ()), self._stop]
+        options = {**options, "streamer": self._pieces, "stopping_criteria": StoppingCriteriaList(criteria)}
+        self._thread = threading.Thread(target=self._run, args=(pipeline, prompt, options), daemon=True)
+        self._thread.start()
+
+    def _run(self, pipeline: LazyPipeline, prompt: Prompt, options: dict[str, Any]) -> None:
+        try:
+            self._outcome = cast(GenerationResult, pipeline.generate(prompt, **options))
+        except BaseException as error:
+            self._outcome = error
+            self._pieces.end()
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for piece in self._pieces:
+                if piece:
+                    yield piece
+        except GeneratorExit:
+            self.close()
+            raise
+        self.result  # noqa: B018 - raises what the generation raised
+
+    def close(self) -> None:
+        """Ends the generation after the running step and waits for it."""
+        self._stop.pulled = True
+        self._thread.join()
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole reply; waits for it, and raises what the generation raised."""
+        self._thread.join()
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+
+class _StopSwitch(StoppingCriteria):
+    """Ends a generation from outside."""
+
+    pulled = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.pulled, device=input_ids.device, dtype=torch.bool)
+
+
+class _TokenClock(StoppingCriteria):
+    """Reads the clock after every token; stops nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        if not self.times and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
+
+
+def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens up to and with the first end token; what follows is padding."""
+    stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak of allocated memory on CUDA, else of the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+__all__ = ["GenerationStats", "LazyPipeline", "TextStream"]
