@@ -213,7 +213,7 @@ class Step:
                 self.rows[row].last_output = states[-1]
         if not allow_missing:
             self._check_read(reached)
-        if all(tokens.numel() == self.width for tokens in self.flight):
+        if all(tokens.numel() == self.width == states.shape[0] for tokens, states in zip(reached, packed, strict=True)):
             return rearrange(self.states, "1 (b t) c -> b t c", b=self.batch)
         out = self.states.new_full((self.batch, self.width, self.states.shape[-1]), torch.nan)
         for row, (tokens, states) in enumerate(zip(reached, packed, strict=True)):

@@ -1,0 +1,125 @@
+"""Running scripts of steps, and Hypothesis strategies for them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lazyllm import (
+    AuxCache,
+    CachePolicy,
+    DropCache,
+    LastTokenAttention,
+    LazyCache,
+    LazyPipeline,
+    Protect,
+    Random,
+    Schedule,
+    SinkRecent,
+    Stages,
+    TokenTrace,
+    WindowAttention,
+)
+from lazyllm.callbacks import LayerEnd
+from tests.tiny import LAYERS, VOCABULARY
+
+
+@dataclass
+class History:
+    """A cache that has been through some steps, with everything needed to replay it.
+
+    `ids[r]` are the real tokens of row r; `logits[s]` [b, t, vocabulary] is what step s returned, and
+    `tokens[s][r]` says which tokens of the row its columns held (-1 = padding).
+    """
+
+    pipe: LazyPipeline
+    cache: LazyCache
+    trace: TokenTrace = field(default_factory=TokenTrace)
+    ids: list[list[int]] = field(default_factory=list)
+    columns: Tensor | None = None
+    mask: Tensor | None = None
+    logits: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+
+    def step(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """Runs ids [b, t]; `real` [b, t] marks real tokens. Missing logits are NaN."""
+        real = torch.ones_like(ids) if real is None else real
+        if not self.ids:
+            self.ids = [[] for _ in range(ids.shape[0])]
+        self.mask = real if self.mask is None else torch.cat([self.mask, real], dim=1)
+        held = torch.full(ids.shape, -1)
+        for row in range(ids.shape[0]):
+            chosen = real[row].bool()
+            held[row, chosen] = torch.arange(len(self.ids[row]), len(self.ids[row]) + int(chosen.sum()))
+            self.ids[row] += ids[row, chosen].tolist()
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with torch.no_grad(), self.pipe.attached(callbacks=[self.trace], missing="nan") as model:
+            logits = model(
+                ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache
+            ).logits
+        self.logits.append(logits)
+        self.tokens.append(held)
+        return logits
+
+    @property
+    def steps(self) -> list[list[LayerEnd]]:
+        """What every layer of every step did."""
+        return self.trace.steps
+
+
+def new_history(model: PreTrainedModel, **policies) -> History:
+    """An empty history of a pipeline with these policies."""
+    pipe = LazyPipeline(model, **policies)
+    return History(pipe, pipe.new_cache())
+
+
+def batches(rows: int, max_length: int = 12):
+    """Strategies for (ids, real) of one step, padded left, right or in both."""
+
+    @st.composite
+    def build(draw):
+        width = draw(st.integers(1, max_length))
+        ids = torch.tensor(
+            [[draw(st.integers(3, VOCABULARY - 1)) for _ in range(width)] for _ in range(rows)], dtype=torch.long
+        )
+        real = torch.ones_like(ids)
+        for row in range(rows):
+            left = draw(st.integers(0, width - 1))
+            right = draw(st.integers(0, width - 1 - left))
+            real[row, :left] = 0
+            real[row, width - right :] = 0
+        return ids, real
+
+    return build()
+
+
+SCORERS = st.one_of(
+    st.just(LastTokenAttention()),
+    st.builds(WindowAttention, window=st.integers(1, 6), heads=st.sampled_from(["mean", "max"]), pool=st.sampled_from([1, 3])),
+    st.builds(Random, seed=st.integers(0, 99)),
+    st.builds(SinkRecent, sinks=st.integers(0, 3)),
+)
+PROTECT = st.builds(Protect, sinks=st.integers(0, 3), recent=st.integers(0, 4), generated=st.booleans())
+CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
+    st.builds(AuxCache, decode=st.sampled_from(["select", "reuse"]), attend=st.sampled_from(["visible", "cached"])),
+    st.builds(DropCache, attend=st.sampled_from(["visible", "cached"])),
+)
+
+
+@st.composite
+def schedules(draw, layers: int = LAYERS) -> Schedule:
+    """Non-increasing stages at layers 1 .. layers-1."""
+    places = draw(st.sets(st.integers(1, layers - 1), min_size=1))
+    ratios = sorted((draw(st.floats(0.05, 1)) for _ in places), reverse=True)
+    return Stages(dict(zip(sorted(places), ratios, strict=True)))
+
+
+@st.composite
+def scripts(draw, rows: int) -> list[tuple[Tensor, Tensor]]:
+    """Prefill, then any mixture of chunks and decode steps."""
+    steps = [draw(batches(rows, 16))]
+    for _ in range(draw(st.integers(0, 4))):
+        steps.append(draw(batches(rows, draw(st.sampled_from([1, 1, 1, 6])))))
+    return steps

@@ -1,0 +1,86 @@
+"""The replay oracle (law 5): one dense forward with exactly the masks a lazy history used.
+
+`replay` runs the unmodified layers once over all tokens of one row. At each layer, the query of a token
+sees the keys that were attended when that token was computed there, and nothing else. It shares no code
+with the stack, the stores or the masks it judges.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from lazyllm.callbacks import LayerEnd
+
+
+class ReplayStack(nn.Module):
+    """Runs layers with one explicit [t, t] boolean mask each, without a cache."""
+
+    def __init__(self, decoder: Any, masks: Sequence[Tensor], positions: Tensor) -> None:
+        super().__init__()
+        self.decoder, self.masks, self.positions = [decoder], masks, positions
+        self.original = [decoder.layers]
+        self.states: list[Tensor] = []
+
+    def forward(self, hidden: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
+        decoder = self.decoder[0]
+        positions = self.positions[None]
+        two_ropes = isinstance(getattr(decoder.config, "rope_parameters", None), dict) and (
+            "full_attention" in decoder.config.rope_parameters
+        )
+        for index, layer in enumerate(self.original[0]):
+            self.states.append(hidden[0])
+            rope = (
+                decoder.rotary_emb(hidden, positions, decoder.config.layer_types[index])
+                if two_ropes
+                else decoder.rotary_emb(hidden, positions)
+            )
+            mask = self.masks[index][None, None]
+            if decoder.config._attn_implementation == "eager":
+                mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+            hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+        return hidden
+
+
+def replay(
+    model: PreTrainedModel, ids: Tensor, steps: Sequence[Sequence[LayerEnd]], row: int, positions: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits [t, vocabulary] of one row under the masks of `steps`, and the states [t, c] entering each layer.
+
+    Args:
+        model: the unmodified model.
+        ids: [t] all tokens of the row, in order.
+        steps: by step, by layer, what was computed and attended.
+        row: which row of the batch.
+        positions: [t], default 0 .. t-1.
+    """
+    decoder: Any = model.get_decoder()
+    length = ids.numel()
+    positions = torch.arange(length) if positions is None else positions
+    causal = positions[:, None] >= positions[None, :]
+    _, options = get_layer_types_and_kwargs(decoder.config)
+    masks = []
+    for layer in range(len(decoder.layers)):
+        mask = torch.eye(length, dtype=torch.bool)
+        for step in steps:
+            trace = step[layer].rows[row]
+            for token in trace.computed.tolist():
+                mask[token] = False
+                mask[token, trace.attended] = True
+        mask &= causal
+        window = options[layer].get("sliding_window")
+        if window is not None:
+            mask &= positions[:, None] - positions[None, :] < window
+        masks.append(mask)
+    stack = ReplayStack(decoder, masks, positions)
+    original = decoder.layers
+    decoder.layers = nn.ModuleList([stack])
+    try:
+        with torch.no_grad():
+            logits = model(ids[None], position_ids=positions[None], use_cache=False).logits[0]
+    finally:
+        decoder.layers = original
+    return logits, stack.states
