@@ -2,40 +2,147 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lazyllm.evaluation.bench import BenchReport
     from lazyllm.result import GenerationStats
 
 BANDS = 4
+DPI = 130
+LAZY, DENSE = "#2a6f97", "0.82"
+BAND_COLOURS = ("#013a63", "#2a6f97", "#e09f3e", "#9e2a2b")
 
 
 def plot_computed_tokens(stats: GenerationStats, path: str | Path) -> Path:
-    """Share of context tokens computed so far, one line per band of layers, over steps; and tokens per layer in prefill.
+    """Tokens computed per layer in prefill, and the share of the context computed so far per band of layers over steps.
 
     Redraws Figure 7 of Fu et al. 2024, arXiv 2407.14057, for one generation.
     """
+    path, figure = _new_figure(path, (11, 4.2))
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _draw_prefill(left, stats)
+    _draw_shares(right, stats)
+    return _save(figure, path)
+
+
+def plot_bench(reports: Sequence[BenchReport], path: str | Path) -> Path:
+    """Median TTFT with its range, and realised beside predicted speedup; one row of panels per report."""
+    path, figure = _new_figure(path, (13, 4.4 * len(reports)))
+    for (left, right), report in zip(figure.subplots(len(reports), 2, squeeze=False), reports, strict=True):
+        _draw_ttft(left, report)
+        _draw_speedups(right, report)
+    return _save(figure, path)
+
+
+def _draw_prefill(axes: Any, stats: GenerationStats) -> None:
+    layers = range(stats.layers)
+    computed = [sum(step[layer].computed for step in stats.tokens_per_layer[: stats.prefill_steps]) for layer in layers]
+    axes.bar(layers, [stats.prompt_tokens] * stats.layers, color=DENSE, width=0.86, label="left out")
+    axes.bar(layers, computed, color=LAZY, width=0.86, label="computed")
+    axes.set(
+        title=f"Prefill of {stats.prompt_tokens:,} tokens: {stats.prefill_computed_fraction:.0%} computed",
+        xlabel="layer",
+        ylabel="tokens",
+        xlim=(-0.6, stats.layers - 0.4),
+        ylim=(0, stats.prompt_tokens * 1.17),
+    )
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(loc="upper right", ncols=2)
+
+
+def _draw_shares(axes: Any, stats: GenerationStats) -> None:
+    bands = min(BANDS, stats.layers)
+    for band, colour in zip(range(bands), BAND_COLOURS, strict=False):
+        start, stop = band * stats.layers // bands, (band + 1) * stats.layers // bands
+        shares = _shares_computed(stats, start, stop)
+        name = f"layers {start}-{stop - 1}" if stop - start > 1 else f"layer {start}"
+        axes.plot(range(len(shares)), shares, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=name)
+    axes.set(title="Context computed so far, decode included", xlabel="step (0 = prefill)", ylabel="%", ylim=(0, 104))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="lower left", ncols=2)
+
+
+def _shares_computed(stats: GenerationStats, start: int, stop: int) -> list[float]:
+    """Percent of the context seen so far that layers `start` to `stop` have computed, after each step."""
+    shares, computed, context = [], 0, stats.prompt_tokens
+    for index, step in enumerate(stats.tokens_per_layer):
+        computed += sum(layer.computed for layer in step[start:stop])
+        context += index >= stats.prefill_steps
+        shares.append(100 * computed / (context * (stop - start)))
+    return shares
+
+
+def _draw_ttft(axes: Any, report: BenchReport) -> None:
+    names, lengths = _names_and_lengths(report)
+    for at, height, length, lines in _bars(report, names, lengths):
+        middles = [line.ttft_seconds.median for line in lines]
+        spread = [
+            [line.ttft_seconds.median - line.ttft_seconds.minimum for line in lines],
+            [line.ttft_seconds.maximum - line.ttft_seconds.median for line in lines],
+        ]
+        colour = BAND_COLOURS[lengths.index(length) % len(BAND_COLOURS)]
+        axes.barh(at, middles, height, color=colour, label=f"{length:,} tokens")
+        axes.errorbar(middles, at, xerr=spread, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
+    axes.set(
+        title=f"{report.model}, {report.dtype}: median and range of {report.rounds} rounds", xlabel="TTFT in seconds"
+    )
+    _name_rows(axes, names)
+
+
+def _draw_speedups(axes: Any, report: BenchReport) -> None:
+    names, lengths = _names_and_lengths(report)
+    for at, height, length, lines in _bars(report, names, lengths):
+        colour = BAND_COLOURS[lengths.index(length) % len(BAND_COLOURS)]
+        axes.barh(at, [line.ttft_speedup for line in lines], height, color=colour, label=f"{length:,} tokens")
+        predicted = [line.predicted_ttft_speedup for line in lines]
+        label = "predicted from operations" if length == lengths[-1] else None
+        axes.plot(predicted, at, linestyle="none", marker="D", markersize=5, color="white", mec="0.1", label=label)
+    axes.axvline(1, color="0.5", linewidth=1, linestyle="--")
+    axes.set(title="Against the faster unmodified run", xlabel="TTFT speedup")
+    _name_rows(axes, names)
+
+
+def _names_and_lengths(report: BenchReport) -> tuple[list[str], list[int]]:
+    names = list(dict.fromkeys(line.contender for line in report.measurements))
+    return names, list(dict.fromkeys(line.prompt_tokens for line in report.measurements))
+
+
+def _bars(
+    report: BenchReport, names: Sequence[str], lengths: Sequence[int]
+) -> list[tuple[list[float], float, int, list[Any]]]:
+    """Per prompt length: positions of its bars, their height, the length, and its measurements."""
+    height = 0.8 / len(lengths)
+    return [
+        (
+            [row + (index - (len(lengths) - 1) / 2) * height for row in range(len(names))],
+            height,
+            length,
+            [line for line in report.measurements if line.prompt_tokens == length],
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def _name_rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.legend(loc="best")
+
+
+def _new_figure(path: str | Path, size: tuple[float, float]) -> tuple[Path, Any]:
     from matplotlib.figure import Figure
 
     path = Path(path)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps, layers = len(stats.tokens_per_layer), stats.layers
-    prefill = [sum(step[layer].computed for step in stats.tokens_per_layer[: stats.prefill_steps]) for layer in range(layers)]
-    left.bar(range(layers), prefill, color="tab:blue", width=0.9)
-    left.axhline(stats.prompt_tokens, color="0.5", linestyle="--", label=f"dense: {stats.prompt_tokens:,}")
-    left.set(xlabel="layer", ylabel="tokens computed in prefill", xlim=(-0.5, layers - 0.5), ylim=(0, None))
-    left.legend(loc="lower left")
-    for band in range(min(BANDS, layers)):
-        start, stop = band * layers // BANDS, max((band + 1) * layers // BANDS, band + 1)
-        shares, computed, seen = [], 0, stats.prompt_tokens
-        for index, step in enumerate(stats.tokens_per_layer):
-            computed += sum(layer.computed for layer in step[start:stop])
-            seen += index >= stats.prefill_steps
-            shares.append(100 * computed / (seen * (stop - start)))
-        right.plot(range(steps), shares, marker=".", label=f"layers {start}-{stop - 1}")
-    right.set(xlabel="step (0 = prefill)", ylabel="% of context computed so far", ylim=(0, 103))
-    right.legend(loc="lower right")
-    figure.savefig(path, dpi=130)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, Figure(figsize=size, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend_.set_frame_on(False)
+    figure.savefig(path, dpi=DPI)
     return path

