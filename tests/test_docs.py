@@ -1,0 +1,144 @@
+"""The documentation is run, followed and compared with the code."""
+
+import inspect
+import re
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import lazyllm
+from lazyllm import CACHES, SCHEDULES, SCORERS, LazyPipeline, preset_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+WORDS = (
+    "the a of in and to who what where why did ? . report sales rise fall because of note page user assistant system"
+)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """Line number and text of every Python block."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text[: match.start(1)].count("\n") + 1, match.group(1))
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[UNK]", "[EOS]", *dict.fromkeys(WORDS.split())]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}assistant"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", chat_template=template)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    return LlamaForCausalLM(config).to(torch.float64).eval()
+
+
+@pytest.fixture
+def namespace(model, tokenizer, monkeypatch, tmp_path) -> dict:
+    """What the snippets of one page share: a module `my_policies` in an empty folder, and no checkpoint to load."""
+
+    def from_pretrained(cls, path, *, gguf_file=None, dtype="auto", device_map=None, **policies):
+        return cls(model, tokenizer, **policies)
+
+    monkeypatch.setattr(LazyPipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("my_policies")
+    monkeypatch.setitem(sys.modules, "my_policies", module)
+    vars(module).update(model=model, tokenizer=tokenizer)
+    return vars(module)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_snippet_runs(page: Path, namespace: dict):
+    for line, block in python_blocks(page):
+        exec(compile("\n" * (line - 1) + block, str(page), "exec"), namespace)
+
+
+def test_the_pages_have_snippets_to_run():
+    assert sum(len(python_blocks(page)) for page in PAGES) >= 12
+    assert python_blocks(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("name", [*SCORERS, *SCHEDULES, *CACHES, *preset_names()])
+def test_every_policy_and_preset_has_a_row_in_the_readme(name: str):
+    table = section(ROOT / "README.md", "Policies")
+    rows = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
+    assert len(rows) == 1, f"README.md, section Policies, needs one row that starts with | `{name}`"
+
+
+def test_the_readme_names_no_policy_that_is_gone():
+    named = re.findall(r"^\| `([\w-]+)`", section(ROOT / "README.md", "Policies"), re.MULTILINE)
+    assert set(named) == {*SCORERS, *SCHEDULES, *CACHES, *preset_names()}
+
+
+def section(page: Path, title: str) -> str:
+    """The text below the heading `## title`, up to the next one."""
+    match = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert match, f"{page.name} has no section {title!r}"
+    return match.group(1)
+
+
+def test_versions_agree():
+    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest, "CHANGELOG.md names no version"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert newest.group(1) == lazyllm.__version__ == project["version"]
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=name_of)
+def test_relative_links_exist(page: Path):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{page.name} links to {target}, which does not exist"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name} links to {target}, but there is no such heading"
+
+
+def test_every_law_of_the_docs_has_its_test():
+    tests = (ROOT / "tests" / "test_laws.py").read_text(encoding="utf-8")
+    laws = set(re.findall(r"test_law_(\d)_", tests))
+    described = set(re.findall(r"^## Law (\d)", (ROOT / "docs" / "laws.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert described == laws == set("12345678")
+
+
+@pytest.mark.parametrize("name", lazyllm.__all__)
+def test_every_exported_name_is_documented(name: str):
+    exported = getattr(lazyllm, name)
+    documented = exported if inspect.isclass(exported) or inspect.isroutine(exported) else type(exported)
+    own = documented.__dict__.get("__doc__") if inspect.isclass(documented) else documented.__doc__
+    assert (own or "").strip(), f"{name} has no docstring of its own"
