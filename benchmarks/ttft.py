@@ -8,7 +8,6 @@ addresses. Writes out/ttft.json and out/ttft.png.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +17,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.evaluation.bench import BenchReport, Measurement, Spread, default_presets, measure, save_reports
-from lazyllm.evaluation.data import packaged_model, packaged_speech, packaged_speech_names
+from lazyllm.evaluation.data import packaged_model, packaged_speech, packaged_speech_names, quiet_loading
 from lazyllm.evaluation.plots import plot_bench
 from lazyllm.models.loading import load_model
 
@@ -63,14 +61,12 @@ def run(
     out: Path,
     seed: int,
 ) -> None:
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     if wrong := [dtype for dtype in dtypes if dtype not in DTYPES]:
         raise InputError(unknown("dtype", wrong[0], DTYPES))
     source = model or str(packaged_model())
     reports = []
     for dtype in dtypes:
-        with console.status(f"loading {Path(source).name} in {dtype}"):
+        with console.status(f"loading {Path(source).name} in {dtype}"), quiet_loading():
             network, tokenizer = load_model(source, dtype=DTYPES[dtype])
             network = network.to(device)
         text = long_text(tokenizer, max(lengths))

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from transformers import modeling_gguf_pytorch_utils
+from transformers.utils import logging
 
 from lazyllm.errors import InputError, unknown
 
@@ -40,6 +47,23 @@ def packaged_speech_names() -> list[str]:
         InputError: when the package is not installed.
     """
     return sorted(path.stem for path in _speech_folder().glob("*.txt"))
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hides transformers' progress bars and notices while a model loads."""
+    gguf: Any = modeling_gguf_pytorch_utils  # draws its bar with tqdm itself, past transformers' switch
+    bar, level, bars = gguf.tqdm, logging.get_verbosity(), logging.is_progress_bar_enabled()
+    gguf.tqdm = partial(bar, disable=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _speech_folder() -> Path:
