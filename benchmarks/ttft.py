@@ -106,7 +106,7 @@ def table(report: BenchReport) -> Table:
     """Medians with the range over the rounds."""
     view = Table(
         title=f"{report.model}, {report.dtype}, {report.environment['threads']} threads, "
-        f"median [min - max] of {report.rounds} rounds"
+        f"median (min - max) of {report.rounds} rounds"
     )
     for column, justify in (("prompt", "right"), ("run", "left")):
         view.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def _cells(line: Measurement) -> list[str]:
 
 def _spread(spread: Spread, factor: float, digits: int) -> str:
     low, middle, high = (f"{factor * value:.{digits}f}" for value in (spread.minimum, spread.median, spread.maximum))
-    return f"{middle} [{low} - {high}]"
+    return f"{middle} ({low} - {high})"
 
 
 def _advance(progress: Progress, task: Any) -> Callable[[int, int], None]:
