@@ -200,7 +200,9 @@ class TokenTrace(Callback):
         elif path.suffix == ".npz":
             kinds = ("visible", "computed", "attended", "revived")
             arrays: dict[str, Any] = {
-                f"step{record['step']}/layer{record['layer']}/row{record['row']}/{kind}": np.asarray(record[kind], np.int64)
+                f"step{record['step']}/layer{record['layer']}/row{record['row']}/{kind}": np.asarray(
+                    record[kind], np.int64
+                )
                 for record in records
                 for kind in kinds
             }

@@ -34,7 +34,7 @@ class LazyConfig(Policy):
         default_factory=LastTokenAttention
     )
     schedule: Annotated[Schedule, BeforeValidator(SCHEDULES.build), PlainSerializer(SCHEDULES.describe)] = Field(
-        default_factory=lambda: Stages(PAPER_STAGES)
+        default_factory=lambda: Stages(stages=PAPER_STAGES)
     )
     cache: Annotated[CachePolicy, BeforeValidator(CACHES.build), PlainSerializer(CACHES.describe)] = Field(
         default_factory=AuxCache
@@ -57,18 +57,18 @@ class LazyConfig(Policy):
     def save(self, path: str | Path) -> Path:
         """Writes a `.json`, `.yaml` or `.yml` file."""
         path = Path(path)
-        path.write_text(self.to_json() if path.suffix == ".json" else self.to_yaml())
+        path.write_text(self.to_json() if path.suffix == ".json" else self.to_yaml(), encoding="utf-8")
         return path
 
     @classmethod
     def from_text(cls, text: str, *, source: str = "text") -> LazyConfig:
-        """The configuration in JSON or YAML text (JSON is YAML); tags of any kind are refused.
+        """The configuration in JSON or YAML text; tags of any kind are refused.
 
         Raises:
             ConfigError: when the text is empty, no YAML, or no configuration.
         """
         try:
-            data = yaml.safe_load(text)
+            data = _read(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{source} is not plain YAML or JSON: {error}") from None
         if not isinstance(data, dict):
@@ -105,6 +105,14 @@ class LazyConfig(Policy):
         if Path(name).suffix in (".json", ".yaml", ".yml"):
             return cls.load(name)
         raise ConfigError(unknown("preset", str(name), shipped) + " Or give the path of a .yaml or .json file.")
+
+
+def _read(text: str) -> Any:
+    """Plain data; JSON first, since YAML would split characters that JSON escapes as surrogate pairs."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def preset_names() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import threading
 import time
@@ -152,9 +151,7 @@ class LazyPipeline:
         return LazyCache(self.config.cache, spans=spans)
 
     @contextmanager
-    def attached(
-        self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error"
-    ) -> Iterator[PreTrainedModel]:
+    def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:
         """The model, running lazily for as long as the context lasts, for a generation loop of your own.
 
         Args:
@@ -191,6 +188,11 @@ class LazyPipeline:
         elif not isinstance(cache, LazyCache):
             raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
         ids, mask = pad_left(encoded, self._pad_token_id(options), model.device)
+        if cache.columns >= ids.shape[1]:
+            raise InputError(
+                f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
+                "give the whole conversation, what the cache holds and what is new"
+            )
         clock = _TokenClock(model.device)
         recorder = StepRecorder(self._contract.windows)
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
@@ -217,7 +219,9 @@ class LazyPipeline:
         longest = self._contract.max_positions
         for prompt in prompts:
             if longest is not None and len(prompt.token_ids) > longest:
-                raise InputError(f"the prompt has {len(prompt.token_ids)} tokens, the model has positions for {longest}")
+                raise InputError(
+                    f"the prompt has {len(prompt.token_ids)} tokens, the model has positions for {longest}"
+                )
 
     def _pad_token_id(self, options: Mapping[str, Any]) -> int:
         ends = self._end_token_ids(options)
@@ -347,6 +351,8 @@ def peak_bytes(device: torch.device) -> int:
     """Peak of allocated memory on CUDA, else of the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # POSIX only
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

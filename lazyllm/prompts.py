@@ -18,6 +18,9 @@ Prompt = Any
 """A string, token ids (list or 1-D tensor), or a list of chat messages; or a list of these for a batch."""
 
 
+_NO_OFFSETS: list[tuple[int, int]] = []
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """Token ids of one prompt and the token ranges it protects."""
@@ -47,7 +50,7 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, spans: Seq
         ids = [int(token) for token in prompt]
         if not ids:
             raise InputError("the prompt is empty (no token ids); give at least one token")
-        text, offsets = None, []
+        text, offsets = None, _NO_OFFSETS
     else:
         text, ids, offsets = _tokenize(prompt, _need(tokenizer, prompt))
         if not ids:
@@ -57,7 +60,9 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, spans: Seq
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise InputError(f"a prompt of type {type(prompt).__name__} needs a tokenizer; give the pipeline one, or token ids")
+        raise InputError(
+            f"a prompt of type {type(prompt).__name__} needs a tokenizer; give the pipeline one, or token ids"
+        )
     return tokenizer
 
 
@@ -70,8 +75,8 @@ def _tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
         text, special = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), False
     else:
         raise InputError(
-            f"a prompt is a string, a list of token ids or a list of chat messages with a 'role', not {type(prompt).__name__}"
-            f": {prompt!r:.80}"
+            "a prompt is a string, a list of token ids or a list of chat messages with a 'role', "
+            f"not {type(prompt).__name__}: {repr(prompt)[:80]}"
         )
     with_offsets = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=with_offsets, verbose=False)
@@ -84,7 +89,9 @@ def _range(span: Span, text: str | None, offsets: list[tuple[int, int]], tokens:
             raise InputError(f"the protected token range {span} reaches beyond the prompt's {tokens} tokens")
         return span
     if text is None or not offsets:
-        raise InputError(f"the protected substring {span!r} needs a text prompt and a fast tokenizer; give a token range")
+        raise InputError(
+            f"the protected substring {span!r} needs a text prompt and a fast tokenizer; give a token range"
+        )
     start = text.find(span)
     if start < 0:
         raise InputError(f"the protected substring {span!r} does not occur in the prompt")

@@ -179,7 +179,9 @@ def make_stats(
 
 
 def _sum_rows(rows: Sequence[StepCount]) -> list[LayerTokens]:
-    return [LayerTokens(*map(sum, zip(*layer, strict=True))) for layer in zip(*(row.layers for row in rows), strict=True)]
+    return [
+        LayerTokens(*map(sum, zip(*layer, strict=True))) for layer in zip(*(row.layers for row in rows), strict=True)
+    ]
 
 
 def _computed_fraction(steps: list[StepCount], layers: int) -> float:
@@ -200,7 +202,9 @@ def _dense_flops(step: StepCount, costs: FlopModel, windows: Sequence[int | None
     before = step.context_tokens - step.new_tokens
     work = sum(
         per_token * step.new_tokens
-        + costs.attention(layer, causal_pairs(step.context_tokens, windows[layer]) - causal_pairs(before, windows[layer]))
+        + costs.attention(
+            layer, causal_pairs(step.context_tokens, windows[layer]) - causal_pairs(before, windows[layer])
+        )
         for layer, per_token in enumerate(costs.per_token)
     )
     return work + costs.per_logits * bool(step.new_tokens)

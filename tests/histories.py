@@ -56,9 +56,7 @@ class History:
             self.ids[row] += ids[row, chosen].tolist()
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.no_grad(), self.pipe.attached(callbacks=[self.trace], missing="nan") as model:
-            logits = model(
-                ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache
-            ).logits
+            logits = model(ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache).logits
         self.logits.append(logits)
         self.tokens.append(held)
         return logits
@@ -97,7 +95,9 @@ def batches(rows: int, max_length: int = 12):
 
 SCORERS = st.one_of(
     st.just(LastTokenAttention()),
-    st.builds(WindowAttention, window=st.integers(1, 6), heads=st.sampled_from(["mean", "max"]), pool=st.sampled_from([1, 3])),
+    st.builds(
+        WindowAttention, window=st.integers(1, 6), heads=st.sampled_from(["mean", "max"]), pool=st.sampled_from([1, 3])
+    ),
     st.builds(Random, seed=st.integers(0, 99)),
     st.builds(SinkRecent, sinks=st.integers(0, 3)),
 )

@@ -14,6 +14,7 @@ from lazyllm import (
     Callback,
     Constant,
     DropCache,
+    InputError,
     LastTokenAttention,
     LazyPipeline,
     ProgressBar,
@@ -49,9 +50,7 @@ def test_chunked_prefill_computes_each_token_once_and_may_revive(chunk, cache):
     trace = TokenTrace()
     pipe.callbacks = (trace,)
     pipe.generate(random_ids(1, 30)[0], prefill_chunk_size=chunk, max_new_tokens=4, **GREEDY)
-    work = [
-        (event.layer, token) for step in trace.steps for event in step for token in event.rows[0].computed.tolist()
-    ]
+    work = [(event.layer, token) for step in trace.steps for event in step for token in event.rows[0].computed.tolist()]
     assert len(work) == len(set(work))
 
 
@@ -146,6 +145,15 @@ def test_a_cache_carries_a_conversation_on():
     assert follow.stats.computed_fraction > 1, "reviving the first prompt's tokens is this reply's work"
 
 
+def test_a_prompt_shorter_than_its_cache_is_refused():
+    pipe = LazyPipeline(tiny_model(), cache=AuxCache(), **PRUNING)
+    cache = pipe.new_cache()
+    pipe.generate(random_ids(1, 10)[0], past_key_values=cache, max_new_tokens=2, **GREEDY)
+    with pytest.raises(InputError, match="10 tokens, its cache already holds 11"):
+        pipe.generate(random_ids(1, 10)[0], past_key_values=cache, max_new_tokens=2, **GREEDY)
+    assert cache.get_seq_length() == 11
+
+
 def test_statistics_of_a_dense_run_are_the_plain_formulas():
     result = LazyPipeline.from_preset("dense", tiny_model()).generate(random_ids(1, 10)[0], max_new_tokens=4, **GREEDY)
     stats, model = result.stats, tiny_model()
@@ -175,9 +183,11 @@ def test_statistics_count_what_pruning_left_out():
 
 
 def test_the_figure_is_drawn(tmp_path):
-    stats = LazyPipeline(tiny_model(), cache=AuxCache(), **PRUNING).generate(
-        random_ids(1, 20)[0], max_new_tokens=5, **GREEDY
-    ).stats
+    stats = (
+        LazyPipeline(tiny_model(), cache=AuxCache(), **PRUNING)
+        .generate(random_ids(1, 20)[0], max_new_tokens=5, **GREEDY)
+        .stats
+    )
     path = stats.plot(tmp_path / "tokens.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 

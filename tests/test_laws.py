@@ -201,11 +201,11 @@ def test_law_8_storage_order_does_not_matter(data):
     policies = {"scorer": data.draw(SCORERS), "schedule": data.draw(schedules()), "protect": data.draw(PROTECT)}
     rows = data.draw(st.integers(1, 2))
     script = data.draw(scripts(rows))
-    compact, ordered = (new_history(tiny_model("mistral"), cache=cache, **policies) for cache in (AuxCache(), PositionCache()))
+    compact, ordered = (
+        new_history(tiny_model("mistral"), cache=cache, **policies) for cache in (AuxCache(), PositionCache())
+    )
     for ids, real in script:
-        torch.testing.assert_close(
-            compact.step(ids, real), ordered.step(ids, real), rtol=0, atol=1e-10, equal_nan=True
-        )
+        torch.testing.assert_close(compact.step(ids, real), ordered.step(ids, real), rtol=0, atol=1e-10, equal_nan=True)
 
 
 def test_law_8_positions_given_by_the_caller_are_kept():

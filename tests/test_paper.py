@@ -4,7 +4,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyllm import AuxCache, LastTokenAttention, LazyConfig, LazyPipeline, Protect, ScoreContext, Scorer, Stages, TokenTrace
+from lazyllm import (
+    AuxCache,
+    LastTokenAttention,
+    LazyConfig,
+    LazyPipeline,
+    Protect,
+    ScoreContext,
+    Scorer,
+    Stages,
+    TokenTrace,
+)
 from tests.replay import replay
 from tests.tiny import random_ids, tiny_model
 

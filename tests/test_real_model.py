@@ -72,5 +72,7 @@ def test_a_protected_substring_is_never_pruned(real):
         callbacks=[trace],
     )
     pipe.generate(text, max_new_tokens=2, do_sample=False)
-    protected = tokenizer.decode([tokenizer(text).input_ids[t] for t in trace.steps[0][5].rows[0].visible[:40].tolist()])
+    protected = tokenizer.decode(
+        [tokenizer(text).input_ids[t] for t in trace.steps[0][5].rows[0].visible[:40].tolist()]
+    )
     assert "vault is 7391" in protected

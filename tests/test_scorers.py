@@ -147,6 +147,8 @@ def test_sink_recent_keeps_the_start_and_the_end():
 def test_every_scorer_says_where_it_comes_from_and_runs(name: str):
     cls = SCORERS[name]
     assert "Source:" in (cls.__doc__ or "")
-    pipe = LazyPipeline(tiny_model(), scorer=name, schedule=Stages({1: 0.5}), cache=AuxCache(), protect=Protect(sinks=1))
+    pipe = LazyPipeline(
+        tiny_model(), scorer=name, schedule=Stages({1: 0.5}), cache=AuxCache(), protect=Protect(sinks=1)
+    )
     result = pipe.generate(random_ids(1, 40)[0], max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert result.stats.tokens_per_layer[0][1].visible == 20

@@ -1,4 +1,4 @@
-"""Any interleaving of prefill, chunk, decode, reorder, crop, copy, failure and reset keeps the ledger and the logits right."""
+"""Any interleaving of prefill, chunk, decode, reorder, crop, copy, failure and reset keeps ledger and logits right."""
 
 import pytest
 import torch
@@ -25,9 +25,7 @@ class Conversation(RuleBasedStateMachine):
         cache=st.sampled_from([AuxCache(), AuxCache(decode="reuse"), AuxCache(attend="cached"), DropCache()]),
     )
     def start(self, scorer, schedule, protect, cache):
-        self.history = new_history(
-            tiny_model("llama"), scorer=scorer, schedule=schedule, protect=protect, cache=cache
-        )
+        self.history = new_history(tiny_model("llama"), scorer=scorer, schedule=schedule, protect=protect, cache=cache)
 
     @rule(step=batches(ROWS, 10))
     def chunk(self, step):
@@ -74,9 +72,7 @@ class Conversation(RuleBasedStateMachine):
         history.mask = history.mask[:, :keep]
         lengths = history.mask.sum(1).tolist()
         history.ids = [ids[:length] for ids, length in zip(history.ids, lengths, strict=True)]
-        history.trace.steps = [
-            [self.without(event, lengths) for event in step] for step in history.trace.steps
-        ]
+        history.trace.steps = [[self.without(event, lengths) for event in step] for step in history.trace.steps]
 
     @staticmethod
     def without(event: LayerEnd, lengths: list[int]) -> LayerEnd:

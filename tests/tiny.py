@@ -45,7 +45,10 @@ EAGER_ONLY = ("gemma2",)
 """Families whose logit cap the sdpa kernel refuses."""
 
 FAMILY_KERNELS = [
-    (family, kernel) for family in FAMILIES for kernel in ("sdpa", "eager") if kernel == "eager" or family not in EAGER_ONLY
+    (family, kernel)
+    for family in FAMILIES
+    for kernel in ("sdpa", "eager")
+    if kernel == "eager" or family not in EAGER_ONLY
 ]
 
 

@@ -146,7 +146,7 @@ class LazyCache(Cache):
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
             raise InputError(
-                f"crop takes minus the number of columns to remove, between {-self.columns} and 0, not {tokens_to_remove}"
+                f"crop takes minus the number of columns to remove, {-self.columns} to 0, not {tokens_to_remove}"
             )
         if tokens_to_remove < 0:
             self.columns += tokens_to_remove

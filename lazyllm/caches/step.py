@@ -72,7 +72,12 @@ class Step:
     """
 
     def __init__(
-        self, cache: LazyCache, hidden: Tensor, padding: Tensor | None, position_ids: Tensor | None, read_last: int | None
+        self,
+        cache: LazyCache,
+        hidden: Tensor,
+        padding: Tensor | None,
+        position_ids: Tensor | None,
+        read_last: int | None,
     ) -> None:
         self.cache = cache
         self.rows: list[Row] = cache.rows
@@ -115,7 +120,9 @@ class Step:
             if positions.numel() and positions[0] <= last:
                 positions = positions - positions[0] + last + 1
             if not bool((positions.diff() > 0).all()):
-                raise InputError(f"positions of row {index} must rise from token to token, got {positions.tolist()[:16]}")
+                raise InputError(
+                    f"positions of row {index} must rise from token to token, got {positions.tolist()[:16]}"
+                )
             rows.append(positions)
         return rows
 
@@ -152,7 +159,9 @@ class Step:
         """
         if todo is not self.flight:
             packed = self.states[0].split(token_counts(self.flight))
-            self.states = torch.cat([self._next_states(row, todo[row], states) for row, states in enumerate(packed)])[None]
+            self.states = torch.cat([self._next_states(row, todo[row], states) for row, states in enumerate(packed)])[
+                None
+            ]
             self.flight = todo
         return self.states
 

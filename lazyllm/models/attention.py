@@ -159,7 +159,7 @@ def choose_kernel(name: str, module: nn.Module, mask: Tensor | None, queries: Te
 
 def eager_kernel(module: nn.Module) -> Kernel:
     """The eager attention of the family `module` belongs to, as its own file defines it."""
-    kernel: Kernel = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    kernel: Kernel = sys.modules[type(module).__module__].eager_attention_forward
     return kernel
 
 

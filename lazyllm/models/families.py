@@ -75,7 +75,7 @@ def contract_of(model: PreTrainedModel) -> DecoderContract:
     _check_layer_calls(name, layers)
     if not hasattr(decoder, "rotary_emb"):
         raise UnsupportedModelError(
-            f"{name} has no decoder-level 'rotary_emb': its positions are decided elsewhere, where pruning cannot follow"
+            f"{name} has no decoder-level 'rotary_emb': its positions are decided where pruning cannot follow"
         )
     types, extra = get_layer_types_and_kwargs(config)
     if strange := sorted(set(types) - set(ATTENDING_TYPES)):
@@ -113,7 +113,7 @@ def _check_layer_calls(name: str, layers: nn.ModuleList) -> None:
         ]
         if extra := set(required[1:]) - set(LAYER_ARGUMENTS):
             raise UnsupportedModelError(
-                f"{name}: its {type(layer).__name__} needs {', '.join(sorted(extra))}, which lazyllm does not know to make"
+                f"{name}: its {type(layer).__name__} needs {', '.join(sorted(extra))}, which lazyllm cannot make"
             )
 
 

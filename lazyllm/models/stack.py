@@ -31,7 +31,11 @@ class LazyStack(nn.Module):
     """
 
     def __init__(
-        self, contract: DecoderContract, selector: Selector, callbacks: Sequence[Callback] = (), missing: Missing = "error"
+        self,
+        contract: DecoderContract,
+        selector: Selector,
+        callbacks: Sequence[Callback] = (),
+        missing: Missing = "error",
     ) -> None:
         super().__init__()
         self.layers = contract.layers
@@ -101,9 +105,7 @@ class LazyStack(nn.Module):
         cache.bind(self.contract.decoder)
         return cache
 
-    def _plan(
-        self, step: Step, view: LayerView, layer: int, visible: list[Tensor], masks: RowMasks
-    ) -> AttentionPlan:
+    def _plan(self, step: Step, view: LayerView, layer: int, visible: list[Tensor], masks: RowMasks) -> AttentionPlan:
         """How this layer attends: row by row, with a mask only where the kernel needs one."""
         window = self.contract.windows[layer]
         rows = []

@@ -8,7 +8,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -60,7 +60,11 @@ def explain(error: ValidationError, owner: type[BaseModel]) -> str:
         if fault["type"] == "extra_forbidden":
             lines.append(f"{owner.__name__}: " + unknown("field", where, owner.model_fields))
         else:
-            shown = "" if isinstance(fault["input"], Mapping) and fault["type"] == "missing" else f", got {fault['input']!r}"
+            shown = (
+                ""
+                if isinstance(fault["input"], Mapping) and fault["type"] == "missing"
+                else f", got {fault['input']!r}"
+            )
             lines.append(f"{owner.__name__}.{where}: {fault['msg'].removeprefix('Value error, ')}{shown}")
     return "\n".join(lines)
 
@@ -170,8 +174,9 @@ class Registry(Mapping[str, type[P]], Generic[P]):
     `"package.module:Class(...)"`, or a mapping `{"name": ..., field: value}`.
     """
 
-    def __init__(self, kind: str, base: type[P], classes: Sequence[type[P]]) -> None:
-        self.kind, self.base = kind, base
+    def __init__(self, kind: str, base: Any, classes: Sequence[type[P]]) -> None:
+        self.kind = kind
+        self.base: type[P] = base
         self._classes = {cls.__name__: cls for cls in classes}
 
     def __getitem__(self, name: str) -> type[P]:
@@ -200,7 +205,7 @@ class Registry(Mapping[str, type[P]], Generic[P]):
             raise ConfigError(f"{self.kind} {name!r} cannot be imported: {error}") from None
         if not (isinstance(found, type) and issubclass(found, self.base)):
             raise ConfigError(f"{self.kind} {name!r} is not a {self.base.__name__} class")
-        return cast(type[P], found)
+        return found
 
     def build(self, spec: P | str | Mapping[str, Any]) -> P:
         """The policy that `spec` describes.
@@ -243,11 +248,13 @@ def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
         return name, [], {}
     try:
         call = ast.parse("f" + text.strip()[len(name) :], mode="eval").body
-        if not isinstance(call, ast.Call):
-            raise ValueError("not a call")
-        named = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError("not a call of a name")
+        named = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        if "None" in named:
+            raise ValueError("** takes fields from a mapping")
         return name, [ast.literal_eval(value) for value in call.args], named
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise ConfigError(
             f"cannot read {text!r}; write Name, or Name(field=value, ...) with plain numbers, strings, lists or dicts"
         ) from None

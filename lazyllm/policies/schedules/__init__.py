@@ -14,3 +14,5 @@ SCHEDULES: Registry[Schedule] = Registry(
         Linear,
     ],
 )
+
+__all__ = ["SCHEDULES", "Constant", "Linear", "Stages"]

@@ -12,7 +12,9 @@ def _number_keys(stages: Any) -> Any:
     """JSON writes keys as text; reads them back as the layer number or fraction they were."""
     if not isinstance(stages, dict):
         return stages
-    return {(float(key) if "." in key else int(key)) if isinstance(key, str) else key: keep for key, keep in stages.items()}
+    return {
+        (float(key) if "." in key else int(key)) if isinstance(key, str) else key: keep for key, keep in stages.items()
+    }
 
 
 class Stages(Schedule):

@@ -16,3 +16,5 @@ SCORERS: Registry[Scorer] = Registry(
         SinkRecent,
     ],
 )
+
+__all__ = ["SCORERS", "LastTokenAttention", "Random", "SinkRecent", "WindowAttention"]

@@ -1,0 +1,342 @@
+"""The command line: generate, list the policies, look into a configuration."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lazyllm.caches import CACHES
+from lazyllm.callbacks import Callback, GenerateEnd, ProgressBar, TokenTrace
+from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
+from lazyllm.errors import ConfigError, InputError, LazyLLMError, unknown
+from lazyllm.models.loading import load_model
+from lazyllm.pipeline import LazyPipeline
+from lazyllm.policies import SCHEDULES, SCORERS
+from lazyllm.policies.base import Policy, Registry
+from lazyllm.policies.protect import Protect
+from lazyllm.policies.select import Selector
+from lazyllm.result import GenerationResult
+
+try:
+    import rich
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as missing:
+    raise SystemExit(
+        f"the lazyllm command needs {missing.name}, which is not installed: pip install lazyllm-torch[cli]"
+    ) from None
+
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+WARM_UP_TOKENS = 8
+
+app = typer.Typer(
+    help="Long prompts made fast on any Hugging Face decoder.", no_args_is_help=True, add_completion=False
+)
+
+
+@contextmanager
+def _errors_as_lines() -> Iterator[None]:
+    """Prints an error lazyllm raised on purpose as one line on stderr, exit code 2."""
+    try:
+        yield
+    except LazyLLMError as error:
+        typer.echo("lazyllm: " + "; ".join(str(error).splitlines()), err=True)
+        raise typer.Exit(2) from None
+
+
+# -- generate --------------------------------------------------------------------------------------
+
+
+@app.command()
+@_errors_as_lines()
+def generate(
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file, - for stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")] = False,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")] = "auto",
+    preset: Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")] = "paper",
+    scorer: Annotated[str | None, typer.Option(help="Instead of the preset's: 'WindowAttention(window=16)'.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Instead of the preset's: 'Stages({9: 0.7})'.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Instead of the preset's: 'AuxCache(decode=\"reuse\")'.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="Tokens at the start that are never pruned.")] = None,
+    recent: Annotated[int | None, typer.Option(help="Tokens at the end that are never pruned.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of --sample.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of --sample.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Run the dense model too and show both.")] = False,
+    stats_json: Annotated[Path | None, typer.Option(help="Write the statistics as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the computed share of the context.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write who was computed where, .json or .npz.")] = None,
+) -> None:
+    """Generates a reply: text on stdout, one line of statistics on stderr."""
+    config = _config(preset, scorer, schedule, cache, sinks, recent)
+    text = _read_prompt(prompt, prompt_file)
+    options = {"max_new_tokens": max_new_tokens, **_decoding(sample, temperature, seed)}
+    _check_outputs(stats_json, plot, trace)
+    loaded, tokenizer = _load(model, gguf_file, dtype)
+    question: Any = [{"role": "user", "content": text}] if chat else text
+    tracer = TokenTrace()
+    pipe = LazyPipeline.from_config(config, loaded, tokenizer, callbacks=[tracer] if trace else [])
+    dense = LazyPipeline.from_preset("dense", loaded, tokenizer)
+    if compare:  # the first run of a process pays for things no later one does
+        dense.generate([0] * WARM_UP_TOKENS, max_new_tokens=1, do_sample=False)
+    result = _run(pipe, question, options, seed)
+    if compare:
+        Console().print(_comparison({"lazy": result, "dense": _run(dense, question, options, seed)}))
+    else:
+        typer.echo(result.text)
+        typer.echo(_summary(result), err=True)
+    _write(result, tracer, stats_json, plot, trace)
+
+
+def _config(
+    preset: str, scorer: str | None, schedule: str | None, cache: str | None, sinks: int | None, recent: int | None
+) -> LazyConfig:
+    """The preset with what was given instead of its own policies."""
+    base = LazyConfig.preset(preset)
+    protect = {"sinks": sinks, "recent": recent}
+    return LazyConfig(
+        scorer=base.scorer if scorer is None else scorer,
+        schedule=base.schedule if schedule is None else schedule,
+        cache=base.cache if cache is None else cache,
+        protect=Protect(
+            **{**dict(base.protect), **{key: value for key, value in protect.items() if value is not None}}
+        ),
+    )
+
+
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt's text from the option, the file or stdin.
+
+    Raises:
+        InputError: when there is none, more than one, or it is not text.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise InputError("give --prompt or --prompt-file, not both")
+    if prompt is None:
+        return _not_blank(*_read_file(prompt_file))
+    return _not_blank(prompt, "--prompt")
+
+
+def _read_file(path: str | None) -> tuple[str, str]:
+    """Text of a file, or of stdin for None and `-`; and what to call it."""
+    name = "stdin" if path is None or path == "-" else f"the prompt file {path!r}"
+    if path is None and sys.stdin.isatty():
+        raise InputError("there is no prompt: give --prompt, --prompt-file or a pipe")
+    try:
+        data = sys.stdin.buffer.read() if path is None or path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}") from None
+    if "\0" in text:
+        raise InputError(f"{name} is not text: it has a NUL byte at offset {data.index(0)}")
+    return text, name
+
+
+def _not_blank(text: str, name: str) -> str:
+    if not text.strip():
+        raise InputError(f"the prompt is empty: {name} holds {text[:20]!r}")
+    return text
+
+
+def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict[str, Any]:
+    """Greedy unless asked otherwise."""
+    if not sample and (temperature is not None or seed is not None):
+        raise InputError("--temperature and --seed are options of --sample; without it decoding is greedy")
+    if temperature is not None and not temperature > 0:
+        raise InputError(f"--temperature must be above 0, got {temperature}")
+    return {"do_sample": sample} | ({"temperature": temperature} if temperature is not None else {})
+
+
+def _check_outputs(stats_json: Path | None, plot: Path | None, trace: Path | None) -> None:
+    """Refuses what could not be written before time is spent on a model."""
+    for path in (stats_json, plot, trace):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    if trace is not None and trace.suffix not in (".json", ".npz"):
+        raise InputError(f"a token trace is saved as .json or .npz, not {trace.name!r}")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib, which is not installed: pip install lazyllm-torch[plots]")
+
+
+def _load(model: str, gguf_file: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer; whatever keeps them from loading is an InputError."""
+    if dtype not in DTYPES:
+        raise InputError(unknown("dtype", dtype, DTYPES))
+    try:
+        return load_model(model, gguf_file=gguf_file, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"cannot load the model {model!r}: {reason}") from None
+
+
+def _run(pipe: LazyPipeline, prompt: Any, options: dict[str, Any], seed: int | None) -> GenerationResult:
+    """One generation, with a progress bar on stderr while a long prefill runs."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    bar = ProgressBar()
+    shown = LazyPipeline.from_config(pipe.config, pipe.model, pipe.tokenizer, callbacks=[*pipe.callbacks, bar])
+    with _progress_on_stderr(bar):
+        return cast(GenerationResult, shown.generate(prompt, **options))
+
+
+@contextmanager
+def _progress_on_stderr(bar: Callback) -> Iterator[None]:
+    """Sends rich's shared console to stderr, so that stdout holds the reply alone; closes the bar on the way out."""
+    console = rich.get_console()
+    before, console.stderr = console.stderr, True
+    try:
+        yield
+    finally:
+        bar.on_generate_end(GenerateEnd(()))
+        console.stderr = before
+
+
+def _per_token(result: GenerationResult) -> str:
+    seconds = result.stats.seconds_per_output_token
+    return "-" if seconds is None else f"{seconds:.4f}"
+
+
+def _summary(result: GenerationResult) -> str:
+    stats = result.stats
+    return (
+        f"{stats.prompt_tokens:,} prompt tokens, {stats.new_tokens} new; TTFT {stats.ttft_seconds:.3f} s, "
+        f"{_per_token(result)} s/token; computed {stats.computed_fraction:.1%} of the layer-tokens, "
+        f"revived {stats.revived_tokens:,}"
+    )
+
+
+def _comparison(results: dict[str, GenerationResult]) -> Table:
+    """Each run as one row."""
+    table = Table("run", "TTFT (s)", "s/token", "computed", "revived", "text")
+    for name, result in results.items():
+        stats = result.stats
+        numbers = (
+            f"{stats.ttft_seconds:.3f}",
+            _per_token(result),
+            f"{stats.computed_fraction:.1%}",
+            f"{stats.revived_tokens:,}",
+        )
+        table.add_row(name, *numbers, Text(result.text))
+    return table
+
+
+def _write(
+    result: GenerationResult, tracer: TokenTrace, stats_json: Path | None, plot: Path | None, trace: Path | None
+) -> None:
+    """The files asked for.
+
+    Raises:
+        InputError: when one cannot be written.
+    """
+    try:
+        if stats_json is not None:
+            stats_json.write_text(result.stats.to_json(), encoding="utf-8")
+        if plot is not None:
+            result.stats.plot(plot)
+        if trace is not None:
+            tracer.save(trace)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write the results: {error}") from None
+
+
+# -- policies --------------------------------------------------------------------------------------
+
+
+@app.command()
+@_errors_as_lines()
+def policies() -> None:
+    """Lists every scorer, schedule, cache and preset."""
+    console = Console()
+    registries: Sequence[Registry[Any]] = (SCORERS, SCHEDULES, CACHES)
+    for registry in registries:
+        table = _table(registry.kind, "fields", "summary", "source")
+        for name, policy in registry.items():
+            table.add_row(name, Text(_fields(policy)), Text(policy.summary()), Text(_source(policy)))
+        console.print(table)
+    table = _table("preset", "policies", "summary")
+    for name in preset_names():
+        config = LazyConfig.preset(name)
+        table.add_row(name, Text(f"{config.scorer}, {config.schedule}, {config.cache}"), Text(_preset_summary(name)))
+    console.print(table)
+
+
+def _table(name: str, *columns: str) -> Table:
+    table = Table(show_lines=True)
+    table.add_column(name, no_wrap=True)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _fields(policy: type[Policy]) -> str:
+    return ", ".join(f"{name}{_default(field)}" for name, field in policy.model_fields.items()) or "-"
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return " (required)" if default is PydanticUndefined else f"={default!r}"
+
+
+def _source(policy: type[Policy]) -> str:
+    """What the docstring says behind `Source:`, up to the end of that paragraph."""
+    found = re.search(r"Source:\s*(.+?)(?:\n\s*\n|\Z)", policy.__doc__ or "", flags=re.DOTALL)
+    return " ".join(found[1].split()) if found else "-"
+
+
+def _preset_summary(name: str) -> str:
+    first = (PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else "-"
+
+
+# -- inspect-config ----------------------------------------------------------------------------------
+
+
+@app.command()
+@_errors_as_lines()
+def inspect_config(
+    config: Annotated[str, typer.Argument(help="A preset's name, or the path of a configuration file.")],
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers of the model.")] = 32,
+) -> None:
+    """Shows a configuration as YAML, and the keep ratio it gives each layer."""
+    policy = LazyConfig.preset(config)
+    try:
+        keep = Selector(policy.scorer, policy.schedule, policy.protect, layers).keep
+    except ConfigError as error:
+        raise ConfigError(f"{config} on {layers} layers: {error}") from None
+    if not policy.cache.prunes:
+        keep = [1.0] * layers
+    typer.echo(policy.to_yaml())
+    table = Table("layer", "keep ratio")
+    for layer, ratio in enumerate(keep):
+        table.add_row(str(layer), f"{ratio:.4g}")
+    Console().print(table)
+    typer.echo(f"linear work of a prefill: {sum(keep) / layers:.1%} of dense, protected tokens not counted")
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
