@@ -348,11 +348,13 @@ def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak of allocated memory on CUDA, else of the process's resident memory."""
+    """Peak of allocated memory on CUDA, else of the process's resident memory; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # POSIX only
-
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -29,7 +29,8 @@ class GenerationStats:
         prompt_tokens, new_tokens: length of the prompt and of the reply.
         ttft_seconds: from the call to the first new token, tokenisation included.
         seconds_per_output_token: mean time from one new token to the next; None for a single one.
-        computed_fraction: layer-tokens computed / layer-tokens of a dense run, whole generation.
+        computed_fraction: layer-tokens computed / layer-tokens of a dense run over this call's new tokens; reviving
+            tokens of an earlier call is this call's work, so a follow-up may exceed 1.
         prefill_computed_fraction: the same for the prefill steps alone.
         revived_tokens: layer-tokens computed after the first prefill step for tokens of earlier steps.
         tokens_per_layer: by step, by layer, counts of visible, computed and revived tokens.

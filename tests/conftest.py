@@ -36,25 +36,9 @@ def eager_softmax_keeps_float64() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def models_are_left_as_found() -> Iterator[None]:
     """Law 7, after every test: layers, attention implementation and hooks are what they were."""
-    made = []
-    original = tiny.AutoModelForCausalLM.from_config
-
-    def remember(*args, **kwargs):
-        model = original(*args, **kwargs)
-        made.append(model)
-        return model
-
-    tiny.AutoModelForCausalLM.from_config = remember
-    try:
-        yield
-    finally:
-        tiny.AutoModelForCausalLM.from_config = original
-    KNOWN.extend(model for model in made if model not in KNOWN)
-    for model in KNOWN:
+    yield
+    for model in tiny.MADE:
         decoder = model.get_decoder()
         assert not any(hasattr(layer, "selector") for layer in decoder.layers), "a LazyStack was left in a model"
         assert decoder.config._attn_implementation in ("sdpa", "eager"), "the attention implementation was left changed"
         assert not model._forward_pre_hooks, "a forward hook was left on a model"
-
-
-KNOWN: list = []

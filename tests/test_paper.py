@@ -95,3 +95,7 @@ def test_the_keep_ratio_is_of_all_context_tokens_rounded_down(length, keep):
     )
     stats = pipe.generate(random_ids(1, length)[0], max_new_tokens=1).stats
     assert stats.tokens_per_layer[0][1].computed == max(1, int(keep * length + 1e-9))
+
+
+def test_a_fraction_of_the_depth_never_means_before_the_first_layer():
+    assert Stages({0.1: 0.5}).resolve(4) == [1.0, 0.5, 0.5, 0.5]

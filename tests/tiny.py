@@ -52,6 +52,10 @@ FAMILY_KERNELS = [
 ]
 
 
+MADE: list[PreTrainedModel] = []
+"""Every model made so far, for the check that tests leave them as they were."""
+
+
 @cache
 def tiny_model(family: str = "llama", kernel: str = "sdpa", layers: int = LAYERS, seed: int = 0) -> PreTrainedModel:
     """A random model in evaluation mode; shared between tests, which must leave it as they found it."""
@@ -66,6 +70,7 @@ def tiny_model(family: str = "llama", kernel: str = "sdpa", layers: int = LAYERS
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25) if parameter.ndim > 1 else None
     model.requires_grad_(False)
+    MADE.append(model)
     return model.eval()
 
 

@@ -143,10 +143,12 @@ class Schedule(Policy):
 def layer_number(layer: LayerIndex, layers: int, *, owner: object) -> int:
     """The layer number that an index or a fraction of the depth means.
 
+    A fraction is rounded down, but never to layer 0: some part of the depth lies before it.
+
     Raises:
         ConfigError: for a layer beyond the last one.
     """
-    number = int(layer * layers + 1e-9) if isinstance(layer, float) else layer
+    number = max(1, int(layer * layers + 1e-9)) if isinstance(layer, float) else layer
     if not 0 <= number < layers:
         raise ConfigError(f"{owner}: layer {layer} does not exist; the model has layers 0 to {layers - 1}")
     return number
