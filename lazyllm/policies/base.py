@@ -252,9 +252,9 @@ def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
         call = ast.parse("f" + text.strip()[len(name) :], mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
             raise ValueError("not a call of a name")
+        if any(word.arg is None for word in call.keywords):
+            raise ValueError("fields from a **mapping have no names to read")
         named = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-        if "None" in named:
-            raise ValueError("** takes fields from a mapping")
         return name, [ast.literal_eval(value) for value in call.args], named
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise ConfigError(
