@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lazyllm import (
     SCORERS,
@@ -16,9 +17,11 @@ from lazyllm import (
     Scorer,
     SinkRecent,
     Stages,
+    TokenTrace,
     WindowAttention,
 )
 from lazyllm.models.attention import AttentionInputs
+from tests.replay import replay
 from tests.tiny import FAMILY_KERNELS, LAYERS, random_ids, tiny_model
 
 
@@ -152,3 +155,28 @@ def test_every_scorer_says_where_it_comes_from_and_runs(name: str):
     )
     result = pipe.generate(random_ids(1, 40)[0], max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert result.stats.tokens_per_layer[0][1].visible == 20
+
+
+def test_a_step_that_revives_scores_by_the_new_token_and_not_by_the_revived_ones():
+    model, ids = tiny_model(), random_ids(1, 24)
+    spy, trace = Spy(inner=LastTokenAttention(), seen=[]), TokenTrace()
+    pipe = LazyPipeline(
+        model, scorer=spy, schedule=Stages({1: 0.6, 2: 0.4}), cache=AuxCache(), callbacks=[trace], protect=Protect()
+    )
+    cache = pipe.new_cache()
+    with torch.no_grad(), pipe.attached():
+        model(ids[:, :18], past_key_values=cache, logits_to_keep=1)
+        for token in range(18, 24):
+            model(ids[:, token : token + 1], past_key_values=cache, logits_to_keep=1)
+    revived = [step for step in range(1, 7) if trace.steps[step][1].rows[0].revived.numel()]
+    assert revived, "some step must revive at layer 1"
+    _, states = replay(model, ids[0], trace.steps, 0)
+    layer = model.get_decoder().layers[1]
+    scored = [context for context, _ in spy_of(pipe).seen if context.layer == 1]
+    for step in revived:
+        token = 17 + step
+        query = layer.self_attn.q_proj(layer.input_layernorm(states[1][token])).view(1, 4, 1, 8)
+        rope = model.get_decoder().rotary_emb(query, torch.tensor([[token]]))
+        expected, _ = apply_rotary_pos_emb(query, query, *rope)
+        (context,) = [context for context in scored if context.context_tokens == token + 1]
+        torch.testing.assert_close(context.attention.queries, expected[0], rtol=0, atol=1e-10)
