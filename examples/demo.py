@@ -29,9 +29,9 @@ from lazyllm import (
     Stages,
     WindowAttention,
 )
-from lazyllm.evaluation.bench import TokenClock
 from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loading
 from lazyllm.models.loading import load_model
+from lazyllm.pipeline import TokenClock
 
 SPEECH, SPEAKER = "1985-Reagan-1", "Ronald Reagan's State of the Union address of 1985"
 QUESTION = "What is the name of the young woman who will graduate from West Point?"

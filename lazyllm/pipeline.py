@@ -193,7 +193,7 @@ class LazyPipeline:
                 f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
                 "give the whole conversation, what the cache holds and what is new"
             )
-        clock = _TokenClock(model.device)
+        clock = TokenClock(model.device)
         recorder = StepRecorder(self._contract.windows)
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
         with cache.claim("generation"), self.attached(callbacks=[recorder]) as lazy:
@@ -239,7 +239,7 @@ class LazyPipeline:
         prompts: Sequence[EncodedPrompt],
         width: int,
         recorder: StepRecorder,
-        clock: _TokenClock,
+        clock: TokenClock,
         started: float,
         options: Mapping[str, Any],
     ) -> list[GenerationResult]:
@@ -327,7 +327,7 @@ class _StopSwitch(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.pulled, device=input_ids.device, dtype=torch.bool)
 
 
-class _TokenClock(StoppingCriteria):
+class TokenClock(StoppingCriteria):
     """Reads the clock after every token; stops nothing."""
 
     def __init__(self, device: torch.device) -> None:
@@ -335,6 +335,7 @@ class _TokenClock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        """Notes the time."""
         if not self.times and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())

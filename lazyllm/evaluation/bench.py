@@ -20,14 +20,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 import lazyllm
 from lazyllm.caches import AuxCache
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import InputError, unknown
-from lazyllm.pipeline import LazyPipeline
+from lazyllm.pipeline import LazyPipeline, TokenClock
 from lazyllm.result import GenerationResult
 
 STOCK_KERNELS = ("sdpa", "eager")
@@ -101,21 +100,6 @@ class BenchReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
-
-
-class TokenClock:
-    """A stopping criterion that reads the clock after every token and stops nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        """Notes the time."""
-        if not self.times and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
 
 
 class Contender:
