@@ -14,6 +14,7 @@ from torch import Tensor
 from lazyllm.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from lazyllm.result import GenerationResult
@@ -102,24 +103,26 @@ class ProgressBar(Callback):
 
     Args:
         min_tokens: shorter prefills show nothing.
+        console: where to draw; rich's shared console when none is given.
     """
 
-    def __init__(self, *, min_tokens: int = 512) -> None:
+    def __init__(self, *, min_tokens: int = 512, console: Console | None = None) -> None:
         self.min_tokens = min_tokens
+        self._console = console
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
     def on_prefill_start(self, event: PrefillStart) -> None:
         """Opens the bar."""
         tokens = sum(event.new_tokens)
-        self._close()
+        self.close()
         if tokens < self.min_tokens:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("layer {task.completed}/{task.total}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(), console=self._console,
         )  # fmt: skip
         self._progress.start()
         self._task = self._progress.add_task(f"prefill of {tokens:,} tokens", total=event.layers)
@@ -131,13 +134,14 @@ class ProgressBar(Callback):
 
     def on_step_end(self, event: StepEnd) -> None:
         """Closes the bar."""
-        self._close()
+        self.close()
 
     def on_generate_end(self, event: GenerateEnd) -> None:
-        """Closes a bar that an interrupted run left open."""
-        self._close()
+        """Closes the bar."""
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Takes the bar away; for a run that was interrupted, where no hook does it."""
         if self._progress is not None:
             self._progress.stop()
         self._progress = self._task = None

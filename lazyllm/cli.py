@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.caches import CACHES
-from lazyllm.callbacks import Callback, GenerateEnd, ProgressBar, TokenTrace
+from lazyllm.callbacks import ProgressBar, TokenTrace
 from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
 from lazyllm.errors import ConfigError, InputError, LazyLLMError, unknown
 from lazyllm.models.loading import load_model
@@ -28,7 +28,6 @@ from lazyllm.policies.select import Selector
 from lazyllm.result import GenerationResult
 
 try:
-    import rich
     import typer
     from rich.console import Console
     from rich.table import Table
@@ -193,22 +192,12 @@ def _run(pipe: LazyPipeline, prompt: Any, options: dict[str, Any], seed: int | N
     """One generation, with a progress bar on stderr while a long prefill runs."""
     if seed is not None:
         torch.manual_seed(seed)
-    bar = ProgressBar()
+    bar = ProgressBar(console=Console(stderr=True))
     shown = LazyPipeline.from_config(pipe.config, pipe.model, pipe.tokenizer, callbacks=[*pipe.callbacks, bar])
-    with _progress_on_stderr(bar):
-        return cast(GenerationResult, shown.generate(prompt, **options))
-
-
-@contextmanager
-def _progress_on_stderr(bar: Callback) -> Iterator[None]:
-    """Sends rich's shared console to stderr, so that stdout holds the reply alone; closes the bar on the way out."""
-    console = rich.get_console()
-    before, console.stderr = console.stderr, True
     try:
-        yield
+        return cast(GenerationResult, shown.generate(prompt, **options))
     finally:
-        bar.on_generate_end(GenerateEnd(()))
-        console.stderr = before
+        bar.close()
 
 
 def _per_token(result: GenerationResult) -> str:

@@ -188,15 +188,15 @@ class LazyPipeline:
         elif not isinstance(cache, LazyCache):
             raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
         ids, mask = pad_left(encoded, self._pad_token_id(options), model.device)
-        if cache.columns >= ids.shape[1]:
-            raise InputError(
-                f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
-                "give the whole conversation, what the cache holds and what is new"
-            )
         clock = TokenClock(model.device)
         recorder = StepRecorder(self._contract.windows)
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
         with cache.claim("generation"), self.attached(callbacks=[recorder]) as lazy:
+            if cache.columns >= ids.shape[1]:
+                raise InputError(
+                    f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
+                    "give the whole conversation, what the cache holds and what is new"
+                )
             output = lazy.generate(ids, attention_mask=mask, past_key_values=cache, **options)
         results = self._results(output, encoded, ids.shape[1], recorder, clock, started, options)
         for callback in self.callbacks:

@@ -1,5 +1,7 @@
 """Bad input: a clear error of ours that shows the value; model and cache stay usable."""
 
+import threading
+
 import pytest
 import torch
 from transformers import (
@@ -32,7 +34,7 @@ from lazyllm import (
     Stages,
     UnsupportedModelError,
 )
-from tests.tiny import LAYERS, random_ids, tiny_model
+from tests.tiny import LAYERS, random_ids, tiny_model, word_tokenizer
 
 GREEDY = {"do_sample": False, "eos_token_id": -1, "max_new_tokens": 3}
 
@@ -221,19 +223,85 @@ def test_an_exception_inside_a_layer_leaves_no_trace(pipe, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interrupt_or_a_failing_callback_in_the_middle_of_generate(pipe, error):
+@pytest.mark.parametrize("hook", ["on_prefill_start", "on_layer_end", "on_step_end", "on_generate_end"])
+def test_an_interrupt_or_a_failing_callback_in_the_middle_of_generate(pipe, hook, error):
     class Interrupt(Callback):
-        def on_layer_end(self, event):
-            if not event.is_prefill and event.layer == 1:
-                raise error
+        pass
 
+    def fail(self, event):
+        if getattr(event, "layer", 1) == 1:
+            raise error
+
+    setattr(Interrupt, hook, fail)
     cache = pipe.new_cache()
     pipe.callbacks = (Interrupt(),)
     with pytest.raises(error):
         pipe.generate(random_ids(1, 9)[0], past_key_values=cache, **GREEDY)
     pipe.callbacks = ()
+    seen = cache.get_seq_length()
+    assert seen == {"on_prefill_start": 0, "on_layer_end": 0, "on_step_end": 9, "on_generate_end": 11}[hook]
+    pipe.generate(random_ids(1, 12)[0], past_key_values=cache, **GREEDY)
+
+
+def test_an_interrupt_in_decode_leaves_the_prompt_in_the_cache(pipe):
+    class Interrupt(Callback):
+        def on_layer_end(self, event):
+            if not event.is_prefill and event.layer == 1:
+                raise KeyboardInterrupt
+
+    cache = pipe.new_cache()
+    pipe.callbacks = (Interrupt(),)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.generate(random_ids(1, 9)[0], past_key_values=cache, **GREEDY)
+    pipe.callbacks = ()
     assert cache.get_seq_length() == 9
     pipe.generate(random_ids(1, 12)[0], past_key_values=cache, **GREEDY)
+
+
+def test_an_error_inside_a_stream_reaches_the_reader(pipe):
+    class Fail(Callback):
+        def on_layer_end(self, event):
+            if not event.is_prefill:
+                raise ValueError("a hook failed")
+
+    streaming = LazyPipeline.from_config(
+        pipe.config, tiny_model(), word_tokenizer(["a", "long", "report", "of", "sales"]), callbacks=[Fail()]
+    )
+    stream = streaming.stream("a long report of sales", **GREEDY)
+    with pytest.raises(ValueError, match="a hook failed"):
+        list(stream)
+    with pytest.raises(ValueError, match="a hook failed"):
+        stream.result  # noqa: B018
+
+
+def test_a_cache_in_use_by_a_generation_of_another_thread(pipe):
+    inside, go_on, cache = threading.Event(), threading.Event(), pipe.new_cache()
+
+    class Hold(Callback):
+        def on_layer_end(self, event):
+            inside.set()
+            assert go_on.wait(30)
+
+    ids = random_ids(1, 9)[0]
+    holding = LazyPipeline.from_config(pipe.config, tiny_model.__wrapped__("llama"), callbacks=[Hold()])
+    thread = threading.Thread(target=holding.generate, args=(ids,), kwargs={"past_key_values": cache, **GREEDY})
+    thread.start()
+    try:
+        assert inside.wait(30)
+        with pytest.raises(CacheError, match="in use by another generation"):
+            pipe.generate(ids, past_key_values=cache, **GREEDY)
+    finally:
+        go_on.set()
+        thread.join()
+    assert cache.get_seq_length() == 11
+
+
+def test_a_protected_substring_that_is_not_there():
+    pipe = LazyPipeline(
+        tiny_model(), word_tokenizer(["a", "long", "report", "of", "sales"]), protect=Protect(spans=["profit"])
+    )
+    with pytest.raises(InputError, match="'profit' does not occur in the prompt"):
+        pipe.generate("a long report of sales", **GREEDY)
 
 
 def test_logits_of_pruned_positions(pipe):

@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lazyllm import CACHES, SCHEDULES, SCORERS, LazyConfig, LazyPipeline, preset_names
 from lazyllm.cli import app
+from tests.tiny import word_tokenizer
 
 WORDS = [f"w{index}" for index in range(60)]
 PROMPT = " ".join(WORDS[3 * index % 60] for index in range(40))
@@ -28,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=66, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.float64)
@@ -36,12 +34,7 @@ def folder(tmp_path_factory) -> Path:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     model.save_pretrained(path)
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "user", ":", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message.role }} : {{ message.content }}{% endfor %}"
-    tokenizer.save_pretrained(path)
+    word_tokenizer(WORDS).save_pretrained(path)
     return path
 
 
@@ -96,7 +89,7 @@ def test_the_prompt_may_come_from_a_file_or_from_stdin(lazyllm, folder, tmp_path
 
 def test_chat_wraps_the_prompt_as_a_user_message(lazyllm, folder):
     result = lazyllm("generate", "--prompt", PROMPT, "--chat", "--preset", "dense")
-    assert "42 prompt tokens" in result.stderr
+    assert "44 prompt tokens" in result.stderr
     message = [{"role": "user", "content": PROMPT}]
     assert result.stdout == expected(folder, message, **LazyConfig.preset("dense").to_dict()) + "\n"
 

@@ -67,7 +67,7 @@ class OwnCache(AuxCache):
 # -- writing and reading -----------------------------------------------------------------------------
 
 ratios = st.floats(1e-6, 1)
-depths = st.one_of(st.integers(0, 200), st.floats(1e-3, 1, exclude_max=True))
+depths = st.one_of(st.integers(0, 200), st.floats(0, 1, exclude_min=True, exclude_max=True))
 spans = st.lists(
     st.one_of(
         st.text(min_size=1), st.integers(0, 50).flatmap(lambda at: st.tuples(st.just(at), st.integers(at + 1, 99)))
@@ -399,3 +399,7 @@ def test_an_unknown_preset_names_the_nearest_and_all():
         LazyConfig.preset("papr")
     for name in preset_names():
         assert name in str(error.value)
+
+
+def test_the_dense_preset_fits_a_model_of_one_layer():
+    assert LazyConfig.preset("dense").schedule.resolve(1) == [1.0]

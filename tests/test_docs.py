@@ -9,13 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lazyllm
 from lazyllm import CACHES, SCHEDULES, SCORERS, LazyPipeline, preset_names
+from tests.tiny import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,11 +38,7 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["[UNK]", "[EOS]", *dict.fromkeys(WORDS.split())]
-    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = Whitespace()
-    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}assistant"
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", chat_template=template)
+    return word_tokenizer(WORDS.split())
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,14 @@
 """Tiny random float64 models of every family in the test matrix: a forward takes a millisecond or two."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 LAYERS = 4
 VOCABULARY = 96
@@ -78,3 +82,16 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Token ids [b, t] without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} {% endfor %}assistant :"
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token per word, with a chat template; an unknown word is `<unk>`."""
+    known = dict.fromkeys(["<pad>", "<unk>", "system", "user", "assistant", ":", *words])
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(known)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", chat_template=TEMPLATE
+    )

@@ -12,9 +12,16 @@ def _number_keys(stages: Any) -> Any:
     """JSON writes keys as text; reads them back as the layer number or fraction they were."""
     if not isinstance(stages, dict):
         return stages
-    return {
-        (float(key) if "." in key else int(key)) if isinstance(key, str) else key: keep for key, keep in stages.items()
-    }
+    return {_number(key) if isinstance(key, str) else key: keep for key, keep in stages.items()}
+
+
+def _number(text: str) -> int | float | str:
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text  # pydantic says what is wrong with it
 
 
 class Stages(Schedule):
