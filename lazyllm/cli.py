@@ -22,7 +22,7 @@ from lazyllm.errors import ConfigError, InputError, LazyLLMError, unknown
 from lazyllm.models.loading import load_model
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies import SCHEDULES, SCORERS
-from lazyllm.policies.base import Policy, Registry
+from lazyllm.policies.base import Keep, Phase, Policy, Registry
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.select import Selector
 from lazyllm.result import GenerationResult
@@ -305,21 +305,25 @@ def _preset_summary(name: str) -> str:
 def inspect_config(
     config: Annotated[str, typer.Argument(help="A preset's name, or the path of a configuration file.")],
     layers: Annotated[int, typer.Option(min=1, help="Number of layers of the model.")] = 32,
+    context_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 4096,
 ) -> None:
-    """Shows a configuration as YAML, and the keep ratio it gives each layer."""
+    """Shows a configuration as YAML, and what it lets enter each layer in prefill."""
     policy = LazyConfig.preset(config)
     try:
-        keep = Selector(policy.scorer, policy.schedule, policy.protect, layers).keep
+        selector = Selector(policy.scorer, policy.schedule, policy.protect, layers)
     except ConfigError as error:
         raise ConfigError(f"{config} on {layers} layers: {error}") from None
-    if not policy.cache.prunes:
-        keep = [1.0] * layers
+    cuts = selector.cuts(Phase(is_prefill=True, context_tokens=context_tokens)) if policy.cache.prunes else {}
     typer.echo(policy.to_yaml())
-    table = Table("layer", "keep ratio")
-    for layer, ratio in enumerate(keep):
-        table.add_row(str(layer), f"{ratio:.4g}")
+    table = Table("layer", "may enter, of the context")
+    keep, bound = Keep(1.0), 0.0
+    for layer in range(layers):
+        keep = cuts.get(layer, keep)
+        bound += keep.ratio
+        table.add_row(str(layer), str(keep))
     Console().print(table)
-    typer.echo(f"linear work of a prefill: {sum(keep) / layers:.1%} of dense, protected tokens not counted")
+    adapts = "at most " if any(cut.adapts for cut in cuts.values()) else ""
+    typer.echo(f"linear work of a prefill: {adapts}{bound / layers:.1%} of dense, protected tokens not counted")
 
 
 def main() -> None:

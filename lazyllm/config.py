@@ -11,10 +11,11 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from lazyllm.caches import CACHES, AuxCache, CachePolicy
 from lazyllm.errors import ConfigError, unknown
-from lazyllm.policies.base import Policy, Schedule, Scorer
+from lazyllm.policies.base import Policy
+from lazyllm.policies.nested import AnySchedule, AnyScorer
 from lazyllm.policies.protect import Protect
-from lazyllm.policies.schedules import SCHEDULES, Stages
-from lazyllm.policies.scorers import SCORERS, LastTokenAttention
+from lazyllm.policies.schedules import Stages
+from lazyllm.policies.scorers import LastTokenAttention
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 PAPER_STAGES: dict[int | float, float] = {0.3: 0.7, 0.6: 0.49, 0.9: 0.343}
@@ -30,12 +31,8 @@ class LazyConfig(Policy):
         ConfigError: for anything that cannot be, with the nearest name that exists.
     """
 
-    scorer: Annotated[Scorer, BeforeValidator(SCORERS.build), PlainSerializer(SCORERS.describe)] = Field(
-        default_factory=LastTokenAttention
-    )
-    schedule: Annotated[Schedule, BeforeValidator(SCHEDULES.build), PlainSerializer(SCHEDULES.describe)] = Field(
-        default_factory=lambda: Stages(stages=PAPER_STAGES)
-    )
+    scorer: AnyScorer = Field(default_factory=LastTokenAttention)
+    schedule: AnySchedule = Field(default_factory=lambda: Stages(stages=PAPER_STAGES))
     cache: Annotated[CachePolicy, BeforeValidator(CACHES.build), PlainSerializer(CACHES.describe)] = Field(
         default_factory=AuxCache
     )

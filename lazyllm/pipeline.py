@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from lazyllm.caches import CachePolicy, LazyCache
+from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, GenerateEnd
 from lazyllm.config import LazyConfig
 from lazyllm.errors import CacheError, ConfigError, InputError
@@ -30,6 +32,7 @@ from lazyllm.models.loading import load_model
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
 from lazyllm.policies.protect import Protect
+from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
 from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
 from lazyllm.result import GenerationResult, GenerationStats, StepRecorder, make_stats
@@ -146,9 +149,17 @@ class LazyPipeline:
 
     # -- running it --------------------------------------------------------------------------------
 
-    def new_cache(self, *, spans: Sequence[Sequence[tuple[int, int]]] = ()) -> LazyCache:
-        """An empty cache for one batch; `spans` are protected token ranges, one list per prompt."""
-        return LazyCache(self.config.cache, spans=spans)
+    def new_cache(
+        self, *, spans: Sequence[Sequence[TokenRange]] = (), queries: Sequence[Sequence[TokenRange]] = ()
+    ) -> LazyCache:
+        """An empty cache for one batch.
+
+        Args:
+            spans: protected token ranges (start, stop), one list per prompt.
+            queries: token ranges of the query, one list per prompt; the last tokens where there is none.
+        """
+        each = zip_longest(spans, queries, fillvalue=())
+        return LazyCache(self.config.cache, marks=[PromptMarks(tuple(span), tuple(query)) for span, query in each])
 
     @contextmanager
     def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:
@@ -164,11 +175,15 @@ class LazyPipeline:
         with attached(self.model, self._selector, (*self.callbacks, *callbacks), missing=missing):
             yield self.model
 
-    def generate(self, prompt: Prompt, **options: Any) -> GenerationResult | list[GenerationResult]:
+    def generate(
+        self, prompt: Prompt, *, query: Query | list[Query] | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
         """Generates a reply to a prompt, or to each of a list of prompts as one batch.
 
         Args:
             prompt: a string, token ids or chat messages; or a list of these.
+            query: what the prompt asks, instead of what the scorer would take for it: a substring of the prompt, a
+                token range, a number of tokens at the end, or "auto"; for a batch one for all, or a list. Protected.
             options: any option of transformers' `generate`; `past_key_values` continues a LazyCache.
 
         Returns:
@@ -180,11 +195,11 @@ class LazyPipeline:
         started = time.perf_counter()
         model = self.model
         many = is_batch(prompt)
-        encoded = [encode(one, self.tokenizer, self.config.protect.spans) for one in (prompt if many else [prompt])]
+        encoded = self._encode(prompt if many else [prompt], query)
         self._check_length(encoded)
         cache = options.pop("past_key_values", None)
         if cache is None:
-            cache = self.new_cache(spans=[one.protected for one in encoded])
+            cache = self.new_cache()
         elif not isinstance(cache, LazyCache):
             raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
         ids, mask = pad_left(encoded, self._pad_token_id(options), model.device)
@@ -197,11 +212,28 @@ class LazyPipeline:
                     f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
                     "give the whole conversation, what the cache holds and what is new"
                 )
+            cache.mark_prompts([one.marks for one in encoded])
             output = lazy.generate(ids, attention_mask=mask, past_key_values=cache, **options)
         results = self._results(output, encoded, ids.shape[1], recorder, clock, started, options)
         for callback in self.callbacks:
             callback.on_generate_end(GenerateEnd(tuple(results)))
         return results if many or len(results) > 1 else results[0]
+
+    def encode(self, prompt: Prompt, *, query: Query | None = None) -> EncodedPrompt:
+        """Token ids of one prompt, its protected ranges and its query, as `generate` would take them.
+
+        Raises:
+            InputError: when it cannot be used.
+        """
+        return self._encode([prompt], query)[0]
+
+    def find(self, prompt: Prompt, passages: Sequence[str]) -> tuple[TokenRange, ...]:
+        """Token ranges of passages of a prompt, the first occurrence of each.
+
+        Raises:
+            InputError: when one does not occur.
+        """
+        return encode(prompt, self.tokenizer, Protect(spans=tuple(passages)), None).marks.protected
 
     def stream(self, prompt: Prompt, **options: Any) -> TextStream:
         """Generates in the background and yields text as it comes; `.result` holds the rest.
@@ -214,6 +246,16 @@ class LazyPipeline:
         return TextStream(self, prompt, options)
 
     # -- helpers -----------------------------------------------------------------------------------
+
+    def _encode(self, prompts: Sequence[Prompt], query: Query | list[Query] | None) -> list[EncodedPrompt]:
+        queries = query if isinstance(query, list) else [query] * len(prompts)
+        if len(queries) != len(prompts):
+            raise InputError(f"{len(queries)} queries for {len(prompts)} prompts; give one for all, or one each")
+        own = self.config.scorer.reads_query
+        return [
+            encode(prompt, self.tokenizer, self.config.protect, own if asked is None else check_query(asked))
+            for prompt, asked in zip(prompts, queries, strict=True)
+        ]
 
     def _check_length(self, prompts: Sequence[EncodedPrompt]) -> None:
         longest = self._contract.max_positions

@@ -1,7 +1,8 @@
-"""From what a user calls a prompt to token ids and protected token ranges."""
+"""From what a user calls a prompt to token ids, protected token ranges and the query."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,23 +11,55 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lazyllm.caches.row import PromptMarks
 from lazyllm.errors import InputError
-from lazyllm.policies.protect import Span, TokenRange
+from lazyllm.policies.protect import Protect
+from lazyllm.policies.query import AUTO_TOKENS, Query, TokenRange
 
 Message = Mapping[str, Any]
 Prompt = Any
 """A string, token ids (list or 1-D tensor), or a list of chat messages; or a list of these for a batch."""
 
+CharRange = tuple[int, int]
 
-_NO_OFFSETS: list[tuple[int, int]] = []
+BLANK_LINE = r"\n\s*\n"
+LONGEST_QUESTION = 400
+"""Characters; a longer paragraph is a text and not a question."""
+MOST_QUESTIONS = 3
+"""A text with more paragraphs that ask something is a dialogue, and these are part of it."""
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of one prompt and the token ranges it protects."""
+    """Token ids of one prompt, and what its text says about them."""
 
     token_ids: list[int]
-    protected: tuple[TokenRange, ...]
+    marks: PromptMarks
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A prompt's text as the model gets it.
+
+    Attributes:
+        text: all of it; None when only ids were given.
+        token_ids: its tokens.
+        offsets: by token, its characters; empty when the tokenizer does not tell.
+        system: characters of the system messages.
+        user: characters of the last user turn, None outside of chats.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    offsets: list[CharRange]
+    system: tuple[CharRange, ...] = ()
+    user: CharRange | None = None
+
+    def tokens(self, chars: CharRange) -> TokenRange | None:
+        """The tokens that touch `chars`, None when there is none."""
+        left, right = chars
+        inside = [index for index, (start, stop) in enumerate(self.offsets) if start < right and stop > left]
+        return (inside[0], inside[-1] + 1) if inside else None
 
 
 def is_batch(prompt: Prompt) -> bool:
@@ -38,24 +71,28 @@ def is_batch(prompt: Prompt) -> bool:
     return not isinstance(prompt[0], (int, Mapping))
 
 
-def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, spans: Sequence[Span]) -> EncodedPrompt:
-    """Tokenises one prompt and finds its protected spans.
+def encode(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, protect: Protect, query: Query | None
+) -> EncodedPrompt:
+    """Tokenises one prompt, and finds its protected spans and its query.
 
     Raises:
-        InputError: for an empty prompt, one of no known kind, text without a tokenizer, or an absent span.
+        InputError: for an empty prompt, one of no known kind, text without a tokenizer, an absent span or query.
     """
     if isinstance(prompt, (str, Sequence)) and not len(prompt):
         raise InputError(f"the prompt is empty ({prompt!r}); give at least one token")
     if isinstance(prompt, Tensor) or (isinstance(prompt, Sequence) and isinstance(prompt[0], int)):
-        ids = [int(token) for token in prompt]
-        if not ids:
+        known = _Text(None, [int(token) for token in prompt], [])
+        if not known.token_ids:
             raise InputError("the prompt is empty (no token ids); give at least one token")
-        text, offsets = None, _NO_OFFSETS
     else:
-        text, ids, offsets = _tokenize(prompt, _need(tokenizer, prompt))
-        if not ids:
+        known = _tokenize(prompt, _need(tokenizer, prompt))
+        if not known.token_ids:
             raise InputError(f"the prompt {prompt!r} has no tokens; give at least one")
-    return EncodedPrompt(ids, tuple(_range(span, text, offsets, len(ids)) for span in spans))
+    protected = [_range("protected", span, known) for span in protect.spans]
+    if protect.system:
+        protected += [tokens for chars in known.system if (tokens := known.tokens(chars)) is not None]
+    return EncodedPrompt(known.token_ids, PromptMarks(tuple(protected), _query(query, known)))
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> PreTrainedTokenizerBase:
@@ -66,37 +103,123 @@ def _need(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> PreTrain
     return tokenizer
 
 
-def _tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int], list[tuple[int, int]]]:
+def _tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> _Text:
+    messages: list[Message] = []
     if isinstance(prompt, str):
-        text, special = prompt, True
+        text = prompt
     elif isinstance(prompt, Sequence) and all(isinstance(part, Mapping) and "role" in part for part in prompt):
         if tokenizer.chat_template is None:
             raise InputError("the tokenizer has no chat template; give the prompt as text")
-        text, special = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), False
+        messages = list(prompt)
+        text = str(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True))
     else:
         raise InputError(
             "a prompt is a string, a list of token ids or a list of chat messages with a 'role', "
             f"not {type(prompt).__name__}: {repr(prompt)[:80]}"
         )
     with_offsets = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=with_offsets, verbose=False)
-    return text, encoded["input_ids"], encoded["offset_mapping"] if with_offsets else []
+    encoded = tokenizer(text, add_special_tokens=not messages, return_offsets_mapping=with_offsets, verbose=False)
+    system, user = _turns(text, messages)
+    return _Text(text, encoded["input_ids"], encoded["offset_mapping"] if with_offsets else [], system, user)
 
 
-def _range(span: Span, text: str | None, offsets: list[tuple[int, int]], tokens: int) -> TokenRange:
+def _turns(text: str, messages: Sequence[Message]) -> tuple[tuple[CharRange, ...], CharRange | None]:
+    """Where the template put the system messages and the last user turn."""
+    system: list[CharRange] = []
+    user, start = None, 0
+    for message in messages:
+        content = message.get("content")
+        content = content.strip() if isinstance(content, str) else ""
+        found = text.find(content, start) if content else -1
+        if found < 0:
+            continue
+        start = found + len(content)
+        if message["role"] == "system":
+            system.append((found, start))
+        elif message["role"] == "user":
+            user = (found, start)
+    return tuple(system), user
+
+
+def _query(query: Query | None, known: _Text) -> tuple[TokenRange, ...]:
+    """Token ranges of the query, () when it is simply the last tokens."""
+    length = len(known.token_ids)
+    if query is None:
+        return ()
+    if isinstance(query, int):
+        return ((max(0, length - query), length),)
+    if query != "auto":
+        return (_range("query", query, known),)
+    if known.text is None or not known.offsets:
+        return ()
+    if known.user is not None:
+        start, stop = known.user
+        questions = [(start + left, start + right) for left, right in find_questions(known.text[start:stop])]
+        return tuple(tokens for chars in questions if (tokens := known.tokens(chars)) is not None)
+    length = len(known.token_ids)
+    asked = [tokens for chars in lone_questions(known.text) if (tokens := known.tokens(chars)) is not None]
+    last = _pieces(known.text, BLANK_LINE)[-1]
+    ends_asking = "?" in known.text[slice(*last)] and last[1] - last[0] <= LONGEST_QUESTION
+    tail = known.tokens(last) if ends_asking else None
+    return (*asked, tail or (max(0, length - AUTO_TOKENS), length))
+
+
+def find_questions(text: str) -> list[CharRange]:
+    """Which characters of a user's turn ask something: all of it when it is short, else what stands alone.
+
+    That is its last paragraph (or the end of it, when that is long), and other paragraphs that end in a question
+    mark, unless there are so many that they belong to the text itself.
+    """
+    if len(text) <= LONGEST_QUESTION:
+        return [(0, len(text))]
+    return sorted({*lone_questions(text), _last_piece(text)})
+
+
+def lone_questions(text: str) -> list[CharRange]:
+    """Short paragraphs that end in a question mark; none where there are more than a few."""
+    found = [
+        chars
+        for chars in _pieces(text, BLANK_LINE)
+        if chars[1] - chars[0] <= LONGEST_QUESTION and text[: chars[1]].endswith("?")
+    ]
+    return found if len(found) <= MOST_QUESTIONS else []
+
+
+def _last_piece(text: str) -> CharRange:
+    for separator in (BLANK_LINE, r"\n", r"(?<=[.?!])\s"):
+        last = _pieces(text, separator)[-1]
+        if last[1] - last[0] <= LONGEST_QUESTION:
+            return last
+    return len(text) - LONGEST_QUESTION, len(text)
+
+
+def _pieces(text: str, separator: str) -> list[CharRange]:
+    """Ranges of the pieces between separators, without surrounding space; blank ones are left out."""
+    ends = [match.span() for match in re.finditer(separator, text)]
+    starts = [0, *(right for _, right in ends)]
+    stops = [*(left for left, _ in ends), len(text)]
+    pieces = []
+    for start, stop in zip(starts, stops, strict=True):
+        piece = text[start:stop]
+        if piece.strip():
+            left = start + len(piece) - len(piece.lstrip())
+            pieces.append((left, left + len(piece.strip())))
+    return pieces or [(0, len(text))]
+
+
+def _range(kind: str, span: TokenRange | str, known: _Text) -> TokenRange:
+    length = len(known.token_ids)
     if not isinstance(span, str):
-        if span[1] > tokens:
-            raise InputError(f"the protected token range {span} reaches beyond the prompt's {tokens} tokens")
+        if span[1] > length:
+            raise InputError(f"the {kind} token range {span} reaches beyond the prompt's {length} tokens")
         return span
-    if text is None or not offsets:
-        raise InputError(
-            f"the protected substring {span!r} needs a text prompt and a fast tokenizer; give a token range"
-        )
-    start = text.find(span)
-    if start < 0:
-        raise InputError(f"the protected substring {span!r} does not occur in the prompt")
-    inside = [index for index, (left, right) in enumerate(offsets) if left < start + len(span) and right > start]
-    return inside[0], inside[-1] + 1
+    if known.text is None or not known.offsets:
+        raise InputError(f"the {kind} substring {span!r} needs a text prompt and a fast tokenizer; give a token range")
+    start = known.text.find(span) if kind == "protected" else known.text.rfind(span)
+    tokens = known.tokens((start, start + len(span))) if start >= 0 else None
+    if tokens is None:
+        raise InputError(f"the {kind} substring {span!r} does not occur in the prompt")
+    return tokens
 
 
 def pad_left(prompts: Sequence[EncodedPrompt], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,18 +8,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazyllm import (
+    AttentionMass,
     AuxCache,
+    Blockwise,
     CachePolicy,
+    Combined,
     DropCache,
+    FullBelow,
+    Funnel,
     LastTokenAttention,
+    LateInteraction,
     LazyCache,
     LazyPipeline,
+    LexicalOverlap,
+    PerPhase,
+    Pooled,
     Protect,
     Random,
     Schedule,
+    Scorer,
     SinkRecent,
     Stages,
     TokenTrace,
+    TwoHop,
     WindowAttention,
 )
 from lazyllm.callbacks import LayerEnd
@@ -93,27 +104,82 @@ def batches(rows: int, max_length: int = 12):
     return build()
 
 
-SCORERS = st.one_of(
+_WINDOWS = st.builds(
+    WindowAttention, window=st.integers(1, 6), heads=st.sampled_from(["mean", "max"]), pool=st.sampled_from([1, 3])
+)
+_POOLS = st.sampled_from([1, 3, 5])
+_QUERY_READERS = st.one_of(
+    st.builds(LateInteraction, query=st.integers(1, 4), pool=_POOLS, temperature=st.sampled_from([0.5, 1.0])),
+    st.builds(LexicalOverlap, query=st.integers(1, 4), pool=_POOLS),
+)
+_SIMPLE = st.one_of(
     st.just(LastTokenAttention()),
-    st.builds(
-        WindowAttention, window=st.integers(1, 6), heads=st.sampled_from(["mean", "max"]), pool=st.sampled_from([1, 3])
-    ),
+    _WINDOWS,
     st.builds(Random, seed=st.integers(0, 99)),
     st.builds(SinkRecent, sinks=st.integers(0, 3)),
+    _QUERY_READERS,
+)
+_JOINS = st.sampled_from(["max", "mean"])
+SCORERS: st.SearchStrategy[Scorer] = st.one_of(
+    _SIMPLE,
+    _QUERY_READERS,
+    st.builds(TwoHop, scorer=_QUERY_READERS, tokens=st.integers(1, 4), weight=st.sampled_from([0.25, 1.0])),
+    st.builds(Pooled, scorer=_SIMPLE, width=_POOLS, by=_JOINS),
+    st.builds(Blockwise, scorer=_SIMPLE, size=st.integers(1, 5), by=_JOINS),
+    st.lists(st.tuples(_SIMPLE, st.sampled_from([0.5, 1.0, 2.0])), min_size=1, max_size=2).map(Combined),
 )
 PROTECT = st.builds(Protect, sinks=st.integers(0, 3), recent=st.integers(0, 4), generated=st.booleans())
+AUX_CACHES: st.SearchStrategy[CachePolicy] = st.builds(
+    AuxCache,
+    decode=st.sampled_from(["select", "select", "reuse"]),
+    attend=st.sampled_from(["visible", "cached"]),
+    max_revived=st.sampled_from([None, None, 0, 1, 3]),
+    revive_every=st.sampled_from([1, 1, 2]),
+)
 CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
-    st.builds(AuxCache, decode=st.sampled_from(["select", "reuse"]), attend=st.sampled_from(["visible", "cached"])),
-    st.builds(DropCache, attend=st.sampled_from(["visible", "cached"])),
+    AUX_CACHES, st.builds(DropCache, attend=st.sampled_from(["visible", "cached"]))
 )
 
 
 @st.composite
-def schedules(draw, layers: int = LAYERS) -> Schedule:
-    """Non-increasing stages at layers 1 .. layers-1."""
-    places = draw(st.sets(st.integers(1, layers - 1), min_size=1))
+def stages(draw, first: int = 1, layers: int = LAYERS) -> Schedule:
+    """Non-increasing stages at layers first .. layers-1."""
+    places = draw(st.sets(st.integers(first, layers - 1), min_size=1))
     ratios = sorted((draw(st.floats(0.05, 1)) for _ in places), reverse=True)
     return Stages(dict(zip(sorted(places), ratios, strict=True)))
+
+
+def masses(start: int) -> st.SearchStrategy[Schedule]:
+    """Cuts before layer `start` that keep a share of the score."""
+    return st.builds(
+        AttentionMass,
+        share=st.floats(0.05, 1),
+        floor=st.floats(0, 0.2),
+        ceiling=st.floats(0.2, 1),
+        start=st.just(start),
+    )
+
+
+def schedules(first: int = 1, layers: int = LAYERS) -> st.SearchStrategy[Schedule]:
+    """Schedules of every kind that prune nothing before layer `first`."""
+    funnels = st.sets(st.integers(first, layers - 1), min_size=1, max_size=3).flatmap(
+        lambda places: st.tuples(*(masses(place) for place in sorted(places))).map(Funnel)
+    )
+    plain = st.one_of(stages(first, layers), st.integers(first, layers - 1).flatmap(masses), funnels)
+    return st.one_of(
+        plain,
+        plain,
+        st.builds(FullBelow, length=st.integers(0, 20), schedule=plain),
+        st.builds(PerPhase, prefill=plain, decode=plain),
+    )
+
+
+@st.composite
+def policies(draw) -> dict[str, Scorer | Schedule | Protect]:
+    """A scorer and a schedule that fit each other, before layer 0 too where no attention is read; and protection."""
+    scorer = draw(SCORERS)
+    first = 1 if scorer.needs_attention else 0
+    return {"scorer": scorer, "schedule": draw(schedules(first)), "protect": draw(PROTECT)}
 
 
 @st.composite

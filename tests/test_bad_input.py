@@ -176,7 +176,7 @@ def test_a_cache_in_use_by_another_generation(pipe):
 def test_a_cache_of_another_batch_size(pipe):
     cache = pipe.new_cache()
     pipe.generate(random_ids(1, 9)[0], past_key_values=cache, **GREEDY)
-    with pytest.raises(CacheError, match="holds 1 rows, the batch has 2"):
+    with pytest.raises(CacheError, match="marks for 2 prompts, the batch has 1 rows"):
         pipe.generate(random_ids(2, 20), past_key_values=cache, **GREEDY)
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lazyllm import CACHES, SCHEDULES, SCORERS, LazyConfig, LazyPipeline, preset_names
 from lazyllm.cli import app
+from lazyllm.policies import Keep, Phase
 from tests.tiny import word_tokenizer
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -176,14 +177,27 @@ def test_inspect_config_shows_the_yaml_the_ratios_and_the_work(lazyllm, name: st
     out = lazyllm("inspect-config", name, "--layers", layers).stdout
     config = LazyConfig.preset(name)
     assert LazyConfig.from_text(out.split("\n\n")[0]) == config
-    ratios = [float(line.split("│")[2]) for line in out.splitlines() if line.startswith("│")]
-    assert ratios == config.schedule.resolve(layers)
-    assert f"{sum(ratios) / layers:.1%} of dense" in out
+    shown = [line.split("│")[2].strip() for line in out.splitlines() if line.startswith("│")]
+    cuts = config.schedule.cuts(layers, Phase(is_prefill=True, context_tokens=4096))
+    cuts = {-1: Keep(1.0), **cuts}
+    keeps = [cuts[max(cut for cut in cuts if cut <= layer)] for layer in range(layers)]
+    assert shown == [str(keep) for keep in keeps]
+    assert f"{sum(keep.ratio for keep in keeps) / layers:.1%} of dense" in out
 
 
 def test_inspect_config_knows_that_a_dense_cache_prunes_nothing(lazyllm, tmp_path):
     path = LazyConfig(schedule="Stages({1: 0.5})", cache="DenseCache").save(tmp_path / "own.yaml")
     assert "100.0% of dense" in lazyllm("inspect-config", path, "--layers", 4).stdout
+
+
+@pytest.mark.parametrize(("tokens", "work"), [(99, ": 100.0% of dense"), (100, ": at most 62.5% of dense")])
+def test_inspect_config_shows_what_a_prompt_of_a_length_gets(lazyllm, tmp_path, tokens: int, work: str):
+    mass = {"name": "AttentionMass", "share": 0.25, "ceiling": 0.5}
+    config = LazyConfig(schedule={"name": "FullBelow", "length": 100, "schedule": mass})
+    path = config.save(tmp_path / "own.yaml")
+    out = lazyllm("inspect-config", path, "--layers", 4, "--context-tokens", tokens).stdout
+    assert work in out
+    assert ("0.25 of the score, 0 to 0.5 of the context" in out) == (tokens == 100)
 
 
 BINARY = b"\x89PNG\r\n\x1a\n\xff\xfe"

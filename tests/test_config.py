@@ -15,30 +15,49 @@ from lazyllm import (
     CACHES,
     SCHEDULES,
     SCORERS,
+    AttentionMass,
     AuxCache,
+    Blockwise,
     CachePolicy,
+    Combined,
     ConfigError,
     Constant,
     DropCache,
+    FullBelow,
+    Funnel,
     LastTokenAttention,
+    LateInteraction,
     LazyConfig,
     LazyLLMError,
     LazyPipeline,
+    LexicalOverlap,
     Linear,
+    PerPhase,
+    Pooled,
     Protect,
     Random,
     Schedule,
     ScoreContext,
     Scorer,
     Stages,
+    TwoHop,
     WindowAttention,
     preset_names,
 )
-from lazyllm.policies.base import parse_call
+from lazyllm.policies.base import Phase, parse_call
 
 REGISTRIES = {"scorer": (SCORERS, Scorer), "schedule": (SCHEDULES, Schedule), "cache": (CACHES, CachePolicy)}
 POLICIES = [(axis, name) for axis, (registry, _) in REGISTRIES.items() for name in registry]
-REQUIRED = {"Stages": {"stages": {0: 1.0, 2: 0.5}}}
+REQUIRED = {
+    "Stages": {"stages": {0: 1.0, 2: 0.5}},
+    "TwoHop": {"scorer": {"name": "LateInteraction", "pool": 3}},
+    "Pooled": {"scorer": "Random(seed=3)"},
+    "Blockwise": {"scorer": "WindowAttention(window=4)", "size": 3},
+    "Combined": {"scorers": [("Random", 1.0), ({"name": "Pooled", "scorer": "SinkRecent"}, 0.5)]},
+    "Funnel": {"schedules": ["AttentionMass(start=1)", {"name": "Constant", "keep": 0.5, "start": 2}]},
+    "FullBelow": {"length": 30, "schedule": {"name": "Stages", "stages": {1: 0.5}}},
+    "PerPhase": {"prefill": "Constant(keep=0.5)", "decode": "Constant()"},
+}
 
 
 class OwnScorer(Scorer):
@@ -74,30 +93,72 @@ spans = st.lists(
     ),
     max_size=3,
 )
-scorers = st.one_of(
+odd = st.integers(0, 50).map(lambda half: 2 * half + 1)
+queries = st.one_of(
+    st.just("auto"),
+    st.integers(1, 99),
+    st.text(min_size=1),
+    st.integers(0, 50).flatmap(lambda at: st.tuples(st.just(at), st.integers(at + 1, 99))),
+)
+plain_scorers = st.one_of(
     st.just(LastTokenAttention()),
     st.builds(Random, seed=st.integers(0, 2**32 - 1)),
     st.builds(
         WindowAttention,
         window=st.integers(1, 999),
         heads=st.sampled_from(["mean", "max"]),
-        pool=st.integers(0, 50).map(lambda half: 2 * half + 1),
+        pool=odd,
     ),
     st.builds(OwnScorer, factor=st.floats(1e-300, 1e300)),
+    st.builds(LateInteraction, query=queries, pool=odd, temperature=st.floats(1e-3, 1e3)),
+    st.builds(LexicalOverlap, query=queries, pool=odd),
 )
-schedules = st.one_of(
+scorers = st.recursive(
+    plain_scorers,
+    lambda inner: st.one_of(
+        st.builds(TwoHop, scorer=inner, tokens=st.integers(1, 999), weight=st.floats(0, 9)),
+        st.builds(Pooled, scorer=inner, width=odd, by=st.sampled_from(["max", "mean"])),
+        st.builds(Blockwise, scorer=inner, size=st.integers(1, 99), by=st.sampled_from(["max", "mean"])),
+        st.lists(st.tuples(inner, st.floats(1e-9, 1e9)), min_size=1, max_size=3).map(Combined),
+    ),
+    max_leaves=4,
+)
+plain_schedules = st.one_of(
     st.builds(Constant, keep=ratios, start=depths),
     st.builds(Linear, first=ratios, last=ratios, start=depths),
     st.dictionaries(depths, ratios, min_size=1, max_size=5).map(Stages),
     st.builds(OwnSchedule, ratios=st.lists(ratios, max_size=4).map(tuple)),
 )
+schedules = st.recursive(
+    st.one_of(
+        plain_schedules,
+        st.builds(AttentionMass, share=ratios, floor=st.floats(0, 0.5), ceiling=st.floats(0.5, 1), start=depths),
+    ),
+    lambda inner: st.one_of(
+        st.builds(FullBelow, length=st.integers(0, 9999), schedule=inner),
+        st.builds(PerPhase, prefill=inner, decode=inner),
+        st.builds(Funnel, schedules=st.lists(inner, min_size=1, max_size=3).map(tuple)),
+    ),
+    max_leaves=4,
+)
 caches = st.one_of(
-    st.builds(AuxCache, attend=st.sampled_from(["visible", "cached"]), decode=st.sampled_from(["select", "reuse"])),
+    st.builds(
+        AuxCache,
+        attend=st.sampled_from(["visible", "cached"]),
+        decode=st.sampled_from(["select", "reuse"]),
+        max_revived=st.none() | st.integers(0, 999),
+        revive_every=st.integers(1, 99),
+    ),
     st.builds(DropCache, attend=st.sampled_from(["visible", "cached"])),
     st.just(OwnCache(decode="reuse")),
 )
 protects = st.builds(
-    Protect, sinks=st.integers(0, 99), recent=st.integers(0, 99), generated=st.booleans(), spans=spans.map(tuple)
+    Protect,
+    sinks=st.integers(0, 99),
+    recent=st.integers(0, 99),
+    generated=st.booleans(),
+    system=st.booleans(),
+    spans=spans.map(tuple),
 )
 
 
@@ -233,6 +294,28 @@ def test_a_wrong_import_path_is_refused(path: str, part: str):
         ({"cache": "AuxCache(attend='all')"}, ["AuxCache.attend", "'visible' or 'cached'", "'all'"]),
         ({"scorer": "WindowAttention(pool=4)"}, ["WindowAttention.pool", "odd", "4"]),
         ({"scorer": "WindowAttention(window=0)"}, ["WindowAttention.window", "0"]),
+        ({"scorer": "LateInteraction(query='')"}, ["LateInteraction.query", "must not be empty"]),
+        ({"scorer": "LateInteraction(query=0)"}, ["LateInteraction.query", "at least one", "0"]),
+        ({"scorer": "LateInteraction(query=(4, 4))"}, ["start < stop", "(4, 4)"]),
+        ({"scorer": "LateInteraction(pool=4)"}, ["LateInteraction.pool", "odd"]),
+        ({"scorer": "LateInteraction(temperature=0)"}, ["LateInteraction.temperature", "0"]),
+        ({"scorer": "LexicalOverlap(pool=2)"}, ["LexicalOverlap.pool", "odd"]),
+        ({"scorer": "Pooled(scorer='Randon')"}, ["unknown scorer 'Randon'", "Did you mean 'Random'?"]),
+        ({"scorer": "Pooled(scorer='Random(sed=1)')"}, ["unknown field 'sed'", "Did you mean 'seed'?"]),
+        ({"scorer": "Pooled(scorer='Random', width=2)"}, ["Pooled.width", "odd"]),
+        ({"scorer": "Blockwise(scorer='Random', size=0)"}, ["Blockwise.size", "0"]),
+        ({"scorer": "Combined(scorers=[])"}, ["Combined.scorers", "at least 1"]),
+        ({"scorer": "Combined(scorers={'Random': 0})"}, ["greater than 0", "0"]),
+        ({"scorer": "TwoHop"}, ["TwoHop.scorer", "required"]),
+        ({"schedule": "AttentionMass(share=0)"}, ["AttentionMass.share", "0"]),
+        ({"schedule": "AttentionMass(share=1.01)"}, ["AttentionMass.share", "1.01"]),
+        ({"schedule": "AttentionMass(floor=0.6, ceiling=0.5)"}, ["floor 0.6 is above the ceiling 0.5"]),
+        ({"schedule": "AttentionMass(start=1.5)"}, ["AttentionMass.start", "fraction", "1.5"]),
+        ({"schedule": "Funnel(schedules=[])"}, ["Funnel.schedules", "at least 1"]),
+        ({"schedule": "FullBelow(length=-1, schedule='Constant')"}, ["FullBelow.length", "-1"]),
+        ({"schedule": "PerPhase(prefill='Constant')"}, ["PerPhase.decode", "required"]),
+        ({"cache": "AuxCache(max_revived=-1)"}, ["max_revived", "-1"]),
+        ({"cache": "AuxCache(revive_every=0)"}, ["revive_every", "0"]),
         ({"protect": {"sinks": -1}}, ["sinks", "-1"]),
         ({"protect": {"spans": [(3, 3)]}}, ["start < stop", "(3, 3)"]),
         ({"protect": {"spans": [""]}}, ["must not be empty"]),
@@ -324,7 +407,7 @@ def test_ratios_that_do_not_fit_the_model_are_refused(schedule, part: str):
     assert str(schedule) in str(error.value)
 
 
-@given(schedules, st.integers(2, 48))
+@given(plain_schedules, st.integers(2, 48))
 def test_what_resolves_is_one_falling_ratio_per_layer(schedule, layers: int):
     try:
         keep = schedule.resolve(layers)
@@ -384,7 +467,8 @@ def test_a_configuration_file_that_cannot_be_read_is_refused(tmp_path):
 def test_every_preset_loads_and_fits_a_model(name: str):
     config = LazyConfig.preset(name)
     assert LazyConfig.from_text(config.to_yaml()) == config
-    assert config.schedule.resolve(24)[-1] <= 1
+    cuts = config.schedule.cuts(24, Phase(is_prefill=True, context_tokens=4096))
+    assert (cuts == {}) == (name == "dense")
     assert LazyPipeline.from_preset(name).config == config
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lazyllm import AuxCache, Constant, LastTokenAttention, LazyPipeline, Random, ScoreContext, Scorer, Stages
 from lazyllm.caches.store import KeyValueStore
-from tests.histories import CACHES, PROTECT, SCORERS, History, new_history, schedules, scripts
+from tests.histories import AUX_CACHES, CACHES, History, new_history, policies, scripts
 from tests.replay import replay
 from tests.tiny import FAMILY_KERNELS, LAYERS, random_ids, tiny_model
 
@@ -18,9 +18,7 @@ TOLERANCE = 1e-12
 def histories(draw, cache=CACHES) -> History:
     """A pipeline of drawn policies that has been through a drawn script."""
     rows = draw(st.integers(1, 3))
-    history = new_history(
-        tiny_model("llama"), scorer=draw(SCORERS), schedule=draw(schedules()), cache=draw(cache), protect=draw(PROTECT)
-    )
+    history = new_history(tiny_model("llama"), cache=draw(cache), **draw(policies()))
     for ids, real in draw(scripts(rows)):
         history.step(ids, real)
     return history
@@ -79,7 +77,7 @@ def test_law_2_a_layer_computes_the_visible_tokens_of_its_depth(history: History
         assert history.cache.rows[row].ledger.at_depth == counts
 
 
-@given(histories(st.builds(AuxCache, decode=st.sampled_from(["select", "reuse"]))))
+@given(histories(AUX_CACHES))
 def test_law_3_unfinished_tokens_have_one_frontier_state_each(history: History):
     for row, ids in zip(history.cache.rows, history.ids, strict=True):
         unfinished = torch.nonzero(row.ledger.depth < LAYERS).flatten()
@@ -120,7 +118,9 @@ class Shifting(Scorer):
 
 
 @pytest.mark.parametrize(("family", "kernel"), FAMILY_KERNELS)
-@pytest.mark.parametrize("cache", [AuxCache(), AuxCache(attend="cached"), AuxCache(decode="reuse")], ids=str)
+@pytest.mark.parametrize(
+    "cache", [AuxCache(), AuxCache(attend="cached"), AuxCache(decode="reuse"), AuxCache(max_revived=4)], ids=str
+)
 def test_law_5_holds_for_every_family_and_kernel(family: str, kernel: str, cache: AuxCache):
     history = new_history(
         tiny_model(family, kernel), scorer=Shifting(), schedule=Stages({1: 0.7, 2: 0.5, 3: 0.3}), cache=cache
@@ -198,11 +198,12 @@ class PositionCache(AuxCache):
 
 @given(st.data())
 def test_law_8_storage_order_does_not_matter(data):
-    policies = {"scorer": data.draw(SCORERS), "schedule": data.draw(schedules()), "protect": data.draw(PROTECT)}
+    chosen = data.draw(policies())
+    bounds = {"max_revived": data.draw(st.sampled_from([None, 1, 3])), "revive_every": data.draw(st.integers(1, 2))}
     rows = data.draw(st.integers(1, 2))
     script = data.draw(scripts(rows))
     compact, ordered = (
-        new_history(tiny_model("mistral"), cache=cache, **policies) for cache in (AuxCache(), PositionCache())
+        new_history(tiny_model("mistral"), cache=cache(**bounds), **chosen) for cache in (AuxCache, PositionCache)
     )
     for ids, real in script:
         torch.testing.assert_close(compact.step(ids, real), ordered.step(ids, real), rtol=0, atol=1e-10, equal_nan=True)

@@ -21,6 +21,7 @@ from lazyllm import (
     WindowAttention,
 )
 from lazyllm.models.attention import AttentionInputs
+from lazyllm.policies.scorers.composed import ComposedScorer
 from tests.replay import replay
 from tests.tiny import FAMILY_KERNELS, LAYERS, random_ids, tiny_model
 
@@ -120,7 +121,16 @@ def test_attention_sinks_take_their_share_of_the_probability():
 
 def context_of(tokens: list[int], context_tokens: int) -> ScoreContext:
     index = torch.tensor(tokens)
-    return ScoreContext(0, index, index, context_tokens, index, torch.zeros(len(tokens), 4), None)
+    return ScoreContext(
+        layer=0,
+        tokens=index,
+        positions=index,
+        context_tokens=context_tokens,
+        query=index[-1:],
+        computed=index,
+        states=torch.zeros(len(tokens), 4),
+        attention=None,
+    )
 
 
 @given(st.sets(st.integers(0, 99), min_size=1), st.integers(0, 2**32 - 1))
@@ -146,12 +156,23 @@ def test_sink_recent_keeps_the_start_and_the_end():
     assert scores.argsort(descending=True).tolist() == [1, 0, 4, 3, 2]
 
 
+FIELDS = {
+    "LateInteraction": {"query": 4},
+    "LexicalOverlap": {"query": 4},
+    "TwoHop": {"scorer": "LateInteraction(query=4)", "tokens": 3},
+    "Pooled": {"scorer": "LastTokenAttention", "width": 3},
+    "Blockwise": {"scorer": "LateInteraction(query=4)", "size": 8},
+    "Combined": {"scorers": {"Random": 1.0, "LexicalOverlap(query=4)": 0.5}},
+}
+
+
 @pytest.mark.parametrize("name", SCORERS)
 def test_every_scorer_says_where_it_comes_from_and_runs(name: str):
     cls = SCORERS[name]
-    assert "Source:" in (cls.__doc__ or "")
+    assert "Source:" in (cls.__doc__ or "") or issubclass(cls, ComposedScorer)
+    scorer = {"name": name, **FIELDS.get(name, {})}
     pipe = LazyPipeline(
-        tiny_model(), scorer=name, schedule=Stages({1: 0.5}), cache=AuxCache(), protect=Protect(sinks=1)
+        tiny_model(), scorer=scorer, schedule=Stages({1: 0.5}), cache=AuxCache(), protect=Protect(sinks=1)
     )
     result = pipe.generate(random_ids(1, 40)[0], max_new_tokens=3, do_sample=False, eos_token_id=-1)
     assert result.stats.tokens_per_layer[0][1].visible == 20

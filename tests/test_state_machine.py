@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lazyllm import AuxCache, Callback, DropCache
 from lazyllm.callbacks import LayerEnd, RowTrace
-from tests.histories import PROTECT, SCORERS, batches, new_history, schedules
+from tests.histories import batches, new_history, policies
 from tests.replay import replay
 from tests.tiny import LAYERS, tiny_model
 
@@ -19,13 +19,20 @@ class Conversation(RuleBasedStateMachine):
     """Drives one cache the way generation loops of every kind do."""
 
     @initialize(
-        scorer=SCORERS,
-        schedule=schedules(),
-        protect=PROTECT,
-        cache=st.sampled_from([AuxCache(), AuxCache(decode="reuse"), AuxCache(attend="cached"), DropCache()]),
+        chosen=policies(),
+        cache=st.sampled_from(
+            [
+                AuxCache(),
+                AuxCache(decode="reuse"),
+                AuxCache(attend="cached"),
+                AuxCache(max_revived=1),
+                AuxCache(max_revived=2, revive_every=2),
+                DropCache(),
+            ]
+        ),
     )
-    def start(self, scorer, schedule, protect, cache):
-        self.history = new_history(tiny_model("llama"), scorer=scorer, schedule=schedule, protect=protect, cache=cache)
+    def start(self, chosen, cache):
+        self.history = new_history(tiny_model("llama"), cache=cache, **chosen)
 
     @rule(step=batches(ROWS, 10))
     def chunk(self, step):
@@ -100,6 +107,7 @@ class Conversation(RuleBasedStateMachine):
 
         history = self.history
         before = [row.ledger.depth.clone() for row in history.cache.rows]
+        remembered = [self.remembered(row) for row in history.cache.rows]
         bytes_before = (history.cache.kv_bytes, history.cache.aux_bytes, history.cache.columns)
         ids, real = step
         mask = torch.cat([history.mask, real], dim=1)
@@ -112,6 +120,12 @@ class Conversation(RuleBasedStateMachine):
         assert bytes_before == (history.cache.kv_bytes, history.cache.aux_bytes, history.cache.columns)
         for row, depth in zip(history.cache.rows, before, strict=True):
             assert torch.equal(row.ledger.depth, depth)
+        for row, lengths in zip(history.cache.rows, remembered, strict=True):
+            assert self.remembered(row) == lengths
+
+    @staticmethod
+    def remembered(row) -> dict[int, int]:
+        return {layer: len(memory) for layer, memory in row.memories.items() if len(memory)}
 
     @precondition(has_tokens)
     @rule()
@@ -135,6 +149,10 @@ class Conversation(RuleBasedStateMachine):
                 assert torch.equal(row.frontier.tokens, torch.nonzero(depth < LAYERS).flatten())
             else:
                 assert len(row.frontier) == 0
+            for layer, memory in row.memories.items():
+                remembered = torch.nonzero(depth > layer).flatten()
+                assert len(memory) == remembered.numel()
+                assert not remembered.numel() or memory.gather(remembered).shape[0] == remembered.numel()
 
 
 Conversation.TestCase.settings = settings(stateful_step_count=10)

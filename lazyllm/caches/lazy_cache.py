@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lazyllm.caches.policy import CachePolicy
-from lazyllm.caches.row import Row, RowMark
+from lazyllm.caches.row import PromptMarks, Row, RowMark
 from lazyllm.errors import CacheError, InputError
-
-Spans = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,13 @@ class LazyCache(Cache):
 
     Args:
         policy: what happens to pruned tokens and what is attended.
-        spans: protected token ranges (start, stop), one list per prompt.
+        marks: protected and query tokens, one entry per prompt.
     """
 
-    def __init__(self, policy: CachePolicy, *, spans: Sequence[Spans] = ()) -> None:
+    def __init__(self, policy: CachePolicy, *, marks: Sequence[PromptMarks] = ()) -> None:
         super().__init__(layers=[])
         self.policy = policy
-        self.spans = [tuple(prompt) for prompt in spans]
+        self.marks = list(marks)
         self.rows: list[Row] = []
         self.columns = 0
         self._decoder: weakref.ref[nn.Module] | None = None
@@ -64,13 +62,25 @@ class LazyCache(Cache):
     def open_rows(self, rows: int, layers: int) -> None:
         """Makes the rows at the first step, and checks the batch size at later ones."""
         if not self.rows:
-            prompts = self.spans or [()] * rows
-            if rows % len(prompts):
-                raise CacheError(f"the cache has protected spans for {len(prompts)} prompts, the batch has {rows} rows")
-            each = rows // len(prompts)
-            self.rows = [Row(layers, self.policy, prompts[row // each]) for row in range(rows)]
+            self.rows = [Row(layers, self.policy, marks) for marks in self._row_marks(rows)]
         elif len(self.rows) != rows:
             raise CacheError(f"the cache holds {len(self.rows)} rows, the batch has {rows}")
+
+    def mark_prompts(self, marks: Sequence[PromptMarks]) -> None:
+        """Takes up what is known about the prompts of a further turn.
+
+        Raises:
+            CacheError: when the rows are not a multiple of the prompts.
+        """
+        self.marks = list(marks)
+        for row, known in zip(self.rows, self._row_marks(len(self.rows)), strict=True):
+            row.marks = known
+
+    def _row_marks(self, rows: int) -> list[PromptMarks]:
+        prompts = self.marks or [PromptMarks()] * rows
+        if prompts and rows % len(prompts):
+            raise CacheError(f"the cache has marks for {len(prompts)} prompts, the batch has {rows} rows")
+        return [marks for marks in prompts for _ in range(rows // len(prompts))]
 
     @contextmanager
     def claim(self, use: Literal["generation", "step"]) -> Iterator[None]:
@@ -135,7 +145,7 @@ class LazyCache(Cache):
         raise CacheError("a LazyCache works only while its pipeline is attached: use pipe.generate or pipe.attached()")
 
     def reset(self) -> None:
-        """Forgets everything but the policy, the spans and the model."""
+        """Forgets everything but the policy, the marks and the model."""
         self.rows, self.columns = [], 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -176,7 +186,7 @@ class LazyCache(Cache):
 
     def copy(self) -> LazyCache:
         """An independent copy, bound to the same model."""
-        twin = LazyCache(self.policy, spans=self.spans)
+        twin = LazyCache(self.policy, marks=self.marks)
         twin.rows, twin.columns = [row.copy() for row in self.rows], self.columns
         twin._decoder = self._decoder
         return twin
@@ -188,8 +198,8 @@ class LazyCache(Cache):
 
     @property
     def aux_bytes(self) -> int:
-        """Bytes of frontier states in use."""
-        return sum(row.frontier.used_bytes for row in self.rows)
+        """Bytes of frontier states, and of states a scorer looks back on."""
+        return sum(row.aux_bytes for row in self.rows)
 
     def __repr__(self) -> str:
         tokens = [len(row.ledger) for row in self.rows]

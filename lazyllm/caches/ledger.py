@@ -15,15 +15,21 @@ class Ledger:
     Attributes:
         layers: number of layers of the model.
         at_depth: how many tokens have each depth, [layers + 1].
+        knows_ids: whether the vocabulary ids of all tokens are known.
     """
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.at_depth = [0] * (layers + 1)
-        self._depth, self._position, self._column = GrowingBuffer(0), GrowingBuffer(0), GrowingBuffer(0)
+        self.knows_ids = True
+        self._depth, self._position, self._column, self._token_id = (GrowingBuffer(0) for _ in range(4))
         empty = torch.empty(0, dtype=torch.long)
-        for buffer in (self._depth, self._position, self._column):
+        for buffer in self._buffers:
             buffer.append(empty)
+
+    @property
+    def _buffers(self) -> tuple[GrowingBuffer, ...]:
+        return self._depth, self._position, self._column, self._token_id
 
     def __len__(self) -> int:
         return self._depth.length
@@ -43,12 +49,19 @@ class Ledger:
         """[t] column of each token in the padded batch."""
         return self._column.read()
 
-    def append(self, position: Tensor, column: Tensor) -> Tensor:
+    @property
+    def token_id(self) -> Tensor:
+        """[t] vocabulary id of each token, -1 where the model was given an embedding."""
+        return self._token_id.read()
+
+    def append(self, position: Tensor, column: Tensor, token_id: Tensor | None = None) -> Tensor:
         """Adds tokens of depth 0 and returns their indices [t]."""
         start, added = len(self), position.numel()
         self._depth.append(torch.zeros(added, dtype=torch.long))
         self._position.append(position)
         self._column.append(column)
+        self._token_id.append(torch.full_like(position, -1) if token_id is None else token_id)
+        self.knows_ids &= token_id is not None
         self.at_depth[0] += added
         return torch.arange(start, start + added)
 
@@ -64,14 +77,15 @@ class Ledger:
 
     def restore(self, depth: Tensor) -> None:
         """Goes back to an earlier `depth` [t], forgetting the tokens that came later."""
-        for buffer in (self._depth, self._position, self._column):
+        for buffer in self._buffers:
             buffer.truncate(depth.numel())
         self.depth.copy_(depth)
         self.at_depth = torch.bincount(depth, minlength=self.layers + 1).tolist()
+        self.knows_ids = bool((self.token_id >= 0).all())
 
     def copy(self) -> "Ledger":
         """An independent copy."""
         twin = Ledger(self.layers)
-        twin._depth, twin._position, twin._column = self._depth.copy(), self._position.copy(), self._column.copy()
-        twin.at_depth = list(self.at_depth)
+        twin._depth, twin._position, twin._column, twin._token_id = (buffer.copy() for buffer in self._buffers)
+        twin.at_depth, twin.knows_ids = list(self.at_depth), self.knows_ids
         return twin

@@ -23,8 +23,15 @@ class CachePolicy(Policy):
     attend: Literal["visible", "cached"] = "visible"
 
     @property
-    def selects_in_decode(self) -> bool:
-        """Whether a decode step selects anew, or uses at each layer what is stored there."""
+    def most_revived(self) -> int | None:
+        """How many older tokens a decode step may revive per row; None = any number."""
+        return None
+
+    def selects_in_decode(self, generated: int) -> bool:
+        """Whether the decode step that adds token number `generated` of the reply selects anew.
+
+        If not, it uses at each layer what is stored there.
+        """
         return False
 
     def new_store(self) -> KeyValueStore:

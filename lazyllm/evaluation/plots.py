@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lazyllm.evaluation.bench import BenchReport
+    from lazyllm.evaluation.compare import Line
     from lazyllm.result import GenerationStats
 
 BANDS = 4
@@ -34,6 +35,25 @@ def plot_bench(reports: Sequence[BenchReport], path: str | Path) -> Path:
     for (left, right), report in zip(figure.subplots(len(reports), 2, squeeze=False), reports, strict=True):
         _draw_ttft(left, report)
         _draw_speedups(right, report)
+    return _save(figure, path)
+
+
+def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:
+    """Change of the right answer's loss over TTFT speedup, one panel per task (Figure 5 of arXiv 2407.14057)."""
+    from lazyllm.evaluation.compare import groups
+
+    tasks = dict(groups(lines))
+    path, figure = _new_figure(path, (3.4 * len(tasks), 3.6))
+    names = list(dict.fromkeys(line.contender for line in lines))
+    for axes, (task, group) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
+        for line in group:
+            effect, colour = line.loss_change, f"C{names.index(line.contender)}"
+            reach = [[effect.estimate - effect.low], [effect.high - effect.estimate]]
+            at, name = line.speedup.estimate, line.contender
+            axes.errorbar(at, effect.estimate, yerr=reach, fmt="o", color=colour, capsize=2, label=name)
+        axes.axhline(0, color="0.5", linewidth=1, linestyle="--")
+        axes.set(title=task, xlabel="TTFT speedup", xscale="log", ylabel="change of loss per answer token")
+        axes.legend(loc="best", fontsize=7)
     return _save(figure, path)
 
 

@@ -29,7 +29,7 @@ def attached(
     contract = contract_of(model)
     stack = LazyStack(contract, selector, callbacks, missing)
     stack.train(model.training)
-    hook = model.register_forward_pre_hook(_note_logits_to_keep(stack), with_kwargs=True)
+    hook = model.register_forward_pre_hook(_note_call(stack), with_kwargs=True)
     with lazy_attention(contract):
         cast(Any, contract.decoder).layers = nn.ModuleList([stack])
         try:
@@ -39,10 +39,11 @@ def attached(
             hook.remove()
 
 
-def _note_logits_to_keep(stack: LazyStack) -> Any:
-    """A forward pre-hook that tells the stack which logits the caller will read; 0 means all."""
+def _note_call(stack: LazyStack) -> Any:
+    """A forward pre-hook that tells the stack the token ids, and which logits the caller will read; 0 means all."""
 
-    def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.token_ids = kwargs.get("input_ids", args[0] if args else None)
         stack.logits_to_keep = kwargs.get("logits_to_keep", 0)
 
     return note

@@ -41,6 +41,7 @@ class LazyStack(nn.Module):
         self.layers = contract.layers
         self.contract, self.selector, self.callbacks, self.missing = contract, selector, callbacks, missing
         self.logits_to_keep: int | Tensor = 0
+        self.token_ids: Tensor | None = None
 
     def forward(
         self,
@@ -62,6 +63,7 @@ class LazyStack(nn.Module):
             padding=attention_mask,
             position_ids=position_ids,
             read_last=keep,
+            token_ids=self.token_ids,
         ) as step:
             self._tell_start(step)
             visible = self.selector.first(step)

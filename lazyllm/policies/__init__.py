@@ -1,17 +1,40 @@
 """Policies: which tokens matter (scorers), how many may enter each layer (schedules), which never leave (protect)."""
 
-from lazyllm.policies.base import Policy, Registry, Schedule, ScoreContext, Scorer
+from lazyllm.policies.base import Keep, Phase, Policy, Registry, Schedule, ScoreContext, Scorer
 from lazyllm.policies.protect import Protect
-from lazyllm.policies.schedules import SCHEDULES, Constant, Linear, Stages
-from lazyllm.policies.scorers import SCORERS, LastTokenAttention, Random, SinkRecent, WindowAttention
+from lazyllm.policies.schedules import SCHEDULES, AttentionMass, Constant, FullBelow, Funnel, Linear, PerPhase, Stages
+from lazyllm.policies.scorers import (
+    SCORERS,
+    Blockwise,
+    Combined,
+    LastTokenAttention,
+    LateInteraction,
+    LexicalOverlap,
+    Pooled,
+    Random,
+    SinkRecent,
+    TwoHop,
+    WindowAttention,
+)
 
 __all__ = [
     "SCHEDULES",
     "SCORERS",
+    "AttentionMass",
+    "Blockwise",
+    "Combined",
     "Constant",
+    "FullBelow",
+    "Funnel",
+    "Keep",
     "LastTokenAttention",
+    "LateInteraction",
+    "LexicalOverlap",
     "Linear",
+    "PerPhase",
+    "Phase",
     "Policy",
+    "Pooled",
     "Protect",
     "Random",
     "Registry",
@@ -20,5 +43,6 @@ __all__ = [
     "Scorer",
     "SinkRecent",
     "Stages",
+    "TwoHop",
     "WindowAttention",
 ]

@@ -8,7 +8,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +16,10 @@ from torch import Tensor
 
 from lazyllm.errors import ConfigError, unknown
 from lazyllm.models.attention import AttentionInputs
+from lazyllm.policies.query import Query
+
+if TYPE_CHECKING:
+    from lazyllm.caches.memory import StateMemory
 
 LayerIndex = int | float
 """A layer as a number (`9`) or as a fraction of the depth (`0.3`)."""
@@ -78,18 +82,29 @@ class ScoreContext:
         tokens: [v] indices of the visible tokens, ascending; scores are asked for these.
         positions: [v] their positions.
         context_tokens: number of tokens the row has seen so far, pruned ones included.
+        query: [w] indices of the query tokens, ascending; the last tokens in a decode step.
         computed: [q] indices of the tokens the layer has computed in this step.
         states: [q, c] their hidden states after the layer (the embeddings when layer is -1).
         attention: the queries and keys the layer used; None before the first layer.
+        memory: states after this layer of every token that has passed it, kept for scorers that set `needs_memory`.
+        token_ids: [t] vocabulary ids of all tokens of the row; None when the model was given embeddings.
     """
 
     layer: int
     tokens: Tensor
     positions: Tensor
     context_tokens: int
+    query: Tensor
     computed: Tensor
     states: Tensor
     attention: AttentionInputs | None
+    memory: StateMemory | None = None
+    token_ids: Tensor | None = None
+
+    def states_of(self, tokens: Tensor) -> Tensor:
+        """Hidden states [v, c] after this layer of any tokens [v] that have passed it, in this step or before."""
+        assert self.memory is not None, "a scorer that looks back at states sets needs_memory"
+        return self.memory.gather(tokens)
 
     def attention_to_visible(self, queries: int) -> Tensor:
         """Attention probabilities [h, q, v] of the last `queries` new tokens over the visible ones."""
@@ -100,11 +115,18 @@ class ScoreContext:
 class Scorer(Policy):
     """Gives every visible token a score; the highest are kept.
 
-    A scorer is pure: the same context gives the same scores. `needs_attention` says that it reads
-    `context.attention`, so that it cannot prune before the first layer.
+    A scorer is pure: the same context gives the same scores. Its flags say what it reads, so that nothing
+    else is kept for it: `needs_attention` for `context.attention` (it cannot prune before the first layer),
+    `needs_memory` for `context.states_of`.
     """
 
     needs_attention: ClassVar[bool] = False
+    needs_memory: ClassVar[bool] = False
+
+    @property
+    def reads_query(self) -> Query | None:
+        """The query it looks back from, None when it has none; these tokens are protected."""
+        return None
 
     @abstractmethod
     def score(self, context: ScoreContext) -> Tensor:
@@ -112,13 +134,55 @@ class Scorer(Policy):
         raise NotImplementedError
 
 
-class Schedule(Policy):
-    """Says which fraction of the context may enter each layer."""
+@dataclass(frozen=True)
+class Phase:
+    """When a schedule is asked: in prefill or decode, and how long the context is."""
 
-    @abstractmethod
+    is_prefill: bool
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How many tokens may enter a layer: a fixed fraction of the context. Subclasses may read the scores.
+
+    Attributes:
+        ratio: at most this fraction of all tokens the row has seen.
+        adapts: whether fewer tokens than the ratio allows may be kept, so that scores are always asked for.
+    """
+
+    ratio: float
+    adapts: ClassVar[bool] = False
+
+    def limit(self, context_tokens: int) -> int:
+        """The most tokens that may enter: the ratio of the whole context, rounded down, at least one."""
+        return tokens_of(self.ratio, context_tokens)
+
+    def free_tokens(self, scores: Tensor, protected: int, context_tokens: int) -> int:
+        """How many tokens enter beside the protected ones, given the scores [f] of all that might."""
+        return min(scores.numel(), max(0, self.limit(context_tokens) - protected))
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.4g}"
+
+
+def tokens_of(ratio: float, context_tokens: int) -> int:
+    """The number of tokens that a fraction of the context means: rounded down, at least one."""
+    return max(1, int(ratio * context_tokens + 1e-9))
+
+
+class Schedule(Policy):
+    """Says how many tokens may enter each layer. A subclass gives `keep_ratios`, or `cuts` if it adapts."""
+
     def keep_ratios(self, layers: int) -> list[float]:
         """Keep ratios in (0, 1], one per layer, non-increasing."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} gives neither keep_ratios nor cuts")
+
+    def cuts(self, layers: int, phase: Phase) -> dict[int, Keep]:
+        """By layer, how many tokens may enter it, for the layers where tokens are pruned."""
+        ratios = self.resolve(layers)
+        before = [1.0, *ratios]
+        return {layer: Keep(ratio) for layer, ratio in enumerate(ratios) if ratio < before[layer]}
 
     def resolve(self, layers: int) -> list[float]:
         """`keep_ratios`, checked.

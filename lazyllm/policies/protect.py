@@ -8,8 +8,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from lazyllm.policies.base import Policy
+from lazyllm.policies.query import TokenRange
 
-TokenRange = tuple[int, int]
 Span = TokenRange | str
 
 
@@ -20,12 +20,14 @@ class Protect(Policy):
         sinks: how many tokens at the start of the context stay (Xiao et al. 2023, arXiv 2309.17453).
         recent: how many tokens at the end of the context stay.
         generated: whether the tokens of the running reply stay.
+        system: whether the system messages of a chat stay.
         spans: token ranges `(start, stop)` of the prompt, or substrings of it (the first occurrence).
     """
 
     sinks: Annotated[int, Field(ge=0)] = 0
     recent: Annotated[int, Field(ge=0)] = 0
     generated: bool = True
+    system: bool = False
     spans: tuple[Span, ...] = ()
 
     @field_validator("spans")

@@ -1,8 +1,10 @@
-"""The one place where tokens are chosen: counts, rounding and protected tokens follow one rule."""
+"""The one place where tokens are chosen: counts, rounding, protected tokens and revivals follow one rule."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,14 +12,16 @@ from torch import Tensor
 from lazyllm.caches.step import Step
 from lazyllm.errors import ConfigError, PolicyError
 from lazyllm.models.attention import AttentionInputs
-from lazyllm.policies.base import Schedule, ScoreContext, Scorer, stable_top
+from lazyllm.policies.base import Keep, Phase, Schedule, ScoreContext, Scorer, stable_top
 from lazyllm.policies.protect import Protect, no_tokens
+from lazyllm.policies.query import query_tokens
 
 
 class Selector:
     """Narrows the visible tokens of each row from layer to layer.
 
-    `keep` is the schedule resolved for the model: `keep[l]` of all tokens a row has seen may enter layer l.
+    Attributes:
+        cut_layers: the layers before which tokens may be pruned, in any phase.
 
     Raises:
         ConfigError: when the schedule does not fit the model or the scorer.
@@ -25,16 +29,15 @@ class Selector:
 
     def __init__(self, scorer: Scorer, schedule: Schedule, protect: Protect, layers: int) -> None:
         self.scorer, self.protect = scorer, protect
-        self.keep = schedule.resolve(layers)
-        if scorer.needs_attention and self.keep[0] < 1:
+        self.cuts = lru_cache(maxsize=256)(lambda phase: schedule.cuts(layers, phase))
+        self.cut_layers = frozenset(
+            layer for is_prefill in (True, False) for layer in self.cuts(Phase(is_prefill, sys.maxsize))
+        )
+        if scorer.needs_attention and 0 in self.cut_layers:
             raise ConfigError(
-                f"{schedule} prunes before layer 0 (keep ratio {self.keep[0]}), where {type(scorer).__name__} has no "
-                "attention to read yet; start at layer 1 or later, or use a scorer that reads no attention"
+                f"{schedule} prunes before layer 0, where {type(scorer).__name__} has no attention to read yet; "
+                "start at layer 1 or later, or use a scorer that reads no attention"
             )
-
-    def limit(self, layer: int, context_tokens: int) -> int:
-        """How many tokens may enter `layer`: the keep ratio of the whole context, rounded down, at least one."""
-        return max(1, int(self.keep[layer] * context_tokens + 1e-9))
 
     def first(self, step: Step) -> list[Tensor]:
         """By row, the tokens that enter layer 0: the whole context of every row with new tokens."""
@@ -46,45 +49,63 @@ class Selector:
 
     def will_score(self, step: Step, layer: int, visible: list[Tensor]) -> bool:
         """Whether the scorer will be asked after `layer`."""
-        if layer + 1 >= len(self.keep) or not self._selects(step):
-            return False
-        return any(
-            tokens.numel() > self.limit(layer + 1, len(row.ledger))
-            for row, tokens in zip(step.rows, visible, strict=True)
-        )
-
-    @staticmethod
-    def _selects(step: Step) -> bool:
-        policy = step.cache.policy
-        return policy.prunes and (step.is_prefill or policy.selects_in_decode)
+        return any(self._cut(step, index, layer + 1, tokens) is not None for index, tokens in enumerate(visible))
 
     def select(
         self, step: Step, layer: int, visible: list[Tensor], attention: Mapping[int, AttentionInputs]
     ) -> list[Tensor]:
         """By row, those of `visible` that enter the layer after `layer`."""
-        if layer + 1 >= len(self.keep):
-            return visible
-        revives = step.cache.policy.revives and self._selects(step)
-        chosen = []
+        revives = step.selects and step.cache.policy.revives
         states = step.states[0].split([tokens.numel() for tokens in step.flight])
+        chosen = []
         for index, tokens in enumerate(visible):
-            if not revives:
-                tokens = self._without_stopped(step, index, layer + 1, tokens)
-            if self._selects(step) and tokens.numel() > self.limit(layer + 1, len(step.rows[index].ledger)):
-                tokens = self._top(step, index, layer, tokens, states[index], attention.get(index))
+            self._remember(step, index, layer, states[index])
+            keep = self._cut(step, index, layer + 1, tokens)
+            if not revives or (keep is None and step.most_revived is not None):
+                tokens = step.without_stopped(index, layer + 1, tokens)
+            if keep is not None:
+                tokens = self._top(step, index, layer, tokens, states[index], attention.get(index), keep)
             chosen.append(tokens)
         return chosen
 
-    @staticmethod
-    def _without_stopped(step: Step, index: int, layer: int, tokens: Tensor) -> Tensor:
-        """Leaves out the tokens that stopped before `layer` in an earlier step."""
-        ledger, flight = step.rows[index].ledger, step.flight[index]
-        if ledger.at_depth[layer] == flight.numel():
-            return tokens
-        return tokens[(ledger.depth[tokens] > layer) | torch.isin(tokens, flight, assume_unique=True)]
+    def _remember(self, step: Step, index: int, layer: int, states: Tensor) -> None:
+        if self.scorer.needs_memory and layer + 1 in self.cut_layers and step.cache.policy.prunes:
+            step.rows[index].memory(layer).append(step.flight[index], states)
+
+    def _cut(self, step: Step, index: int, layer: int, tokens: Tensor) -> Keep | None:
+        """How many of `tokens` may enter `layer`; None where the scorer need not be asked."""
+        if layer not in self.cut_layers or not step.selects:
+            return None
+        context_tokens = len(step.rows[index].ledger)
+        keep = self.cuts(Phase(step.is_prefill, context_tokens)).get(layer)
+        if keep is None:
+            return None
+        narrows = keep.adapts or tokens.numel() > keep.limit(context_tokens)
+        if not narrows and (step.most_revived is None or not step.stopped(index, layer, tokens).any()):
+            return None
+        return None if bool(self._protected(step, index, tokens).all()) else keep
+
+    def _protected(self, step: Step, index: int, tokens: Tensor) -> Tensor:
+        row = step.rows[index]
+        ranges = [*row.marks.protected, step.read_range(index)]
+        mask = self.protect.mask(tokens, len(row.ledger), row.reply_start, ranges)
+        if self.scorer.reads_query is not None or row.marks.query:
+            mask |= torch.isin(tokens, self._query(step, index, rolling=False))
+        return mask
+
+    def _query(self, step: Step, index: int, *, rolling: bool) -> Tensor:
+        row = step.rows[index]
+        return query_tokens(self.scorer.reads_query or "auto", row.marks.query, len(row.ledger), rolling=rolling)
 
     def _top(
-        self, step: Step, index: int, layer: int, tokens: Tensor, states: Tensor, attention: AttentionInputs | None
+        self,
+        step: Step,
+        index: int,
+        layer: int,
+        tokens: Tensor,
+        states: Tensor,
+        attention: AttentionInputs | None,
+        keep: Keep,
     ) -> Tensor:
         row = step.rows[index]
         context_tokens = len(row.ledger)
@@ -93,17 +114,23 @@ class Selector:
             tokens=tokens,
             positions=row.ledger.position[tokens],
             context_tokens=context_tokens,
+            query=self._query(step, index, rolling=not step.is_prefill),
             computed=step.flight[index],
             states=states,
             attention=attention,
+            memory=row.memories.get(layer),
+            token_ids=row.ledger.token_id if row.ledger.knows_ids else None,
         )
         scores = self._checked(self.scorer.score(context), tokens)
-        ranges = [*row.spans, step.read_range(index)]
-        protected = self.protect.mask(tokens, context_tokens, row.reply_start, ranges)
-        free = self.limit(layer + 1, context_tokens) - int(protected.sum())
-        kept = protected.clone()
-        if free > 0:
-            kept[stable_top(scores.masked_fill(protected, -torch.inf), free)] = True
+        kept = self._protected(step, index, tokens)
+        free = torch.nonzero(~kept).squeeze(-1)
+        best = free[stable_top(scores[free], keep.free_tokens(scores[free], int(kept.sum()), context_tokens))]
+        if step.most_revived is not None:
+            stopped = step.stopped(index, layer + 1, tokens)
+            revived = best[stopped[best]][: step.most_revived - step.revived_tokens(index)]
+            kept &= ~stopped
+            best = torch.cat([best[~stopped[best]], revived])
+        kept[best] = True
         return tokens[kept]
 
     def _checked(self, scores: Tensor, tokens: Tensor) -> Tensor:

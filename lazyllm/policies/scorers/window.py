@@ -2,12 +2,12 @@
 
 from typing import Annotated, ClassVar, Literal
 
-import torch.nn.functional as F
-from einops import rearrange, reduce
-from pydantic import Field, field_validator
+from einops import reduce
+from pydantic import Field
 from torch import Tensor
 
 from lazyllm.policies.base import ScoreContext, Scorer
+from lazyllm.policies.pooling import OddWidth, max_over_neighbours
 
 
 class WindowAttention(Scorer):
@@ -26,24 +26,10 @@ class WindowAttention(Scorer):
 
     window: Annotated[int, Field(ge=1)] = 32
     heads: Literal["mean", "max"] = "mean"
-    pool: Annotated[int, Field(ge=1)] = 1
-
-    @field_validator("pool")
-    @classmethod
-    def _check_odd(cls, pool: int) -> int:
-        if pool % 2 == 0:
-            raise ValueError("a centred pool has an odd width")
-        return pool
+    pool: OddWidth = 1
 
     def score(self, context: ScoreContext) -> Tensor:
         """Scores [v]."""
         probabilities = context.attention_to_visible(queries=self.window)
         scores = reduce(reduce(probabilities, "h q v -> h v", "mean"), "h v -> v", self.heads)
         return max_over_neighbours(scores, self.pool)
-
-
-def max_over_neighbours(scores: Tensor, width: int) -> Tensor:
-    """Maximum of scores [v] over a centred window of `width` tokens."""
-    padded = rearrange(scores, "v -> 1 1 v")
-    pooled = F.max_pool1d(padded, width, stride=1, padding=width // 2)
-    return rearrange(pooled, "1 1 v -> v")

@@ -1,0 +1,134 @@
+"""What pruning gains and costs on real tasks: methods beside the unmodified model, item by item.
+
+    python benchmarks/policies.py --items 50 --tokens 3072 --presets recommended,paper,static-pruning
+
+Without --model it runs the packaged SmolLM2-135M-Instruct. Tasks are made from packaged data. Every result is written
+to out/policies.jsonl as it comes, and a second call goes on where the first one stopped; the table goes to
+out/policies.json and the curve of the answer's loss over the speedup to out/policies.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lazyllm.errors import InputError, LazyLLMError
+from lazyllm.evaluation.compare import STOCK, Effect, Journal, Line, compare, groups, run
+from lazyllm.evaluation.data import packaged_model, quiet_loading
+from lazyllm.evaluation.plots import plot_quality
+from lazyllm.evaluation.quality import Contender
+from lazyllm.evaluation.tasks import Layout, Maker, make_items
+from lazyllm.models.loading import load_model
+from lazyllm.pipeline import LazyPipeline
+
+TASKS = "needle,squad,hotpot,labels,code"
+PRESETS = "recommended,recommended-fast,paper,static-pruning"
+LAYOUTS = {"last": "question last", "first": "question first", "middle": "question in the middle"}
+
+console = Console(width=None if Console().is_terminal else 160)
+
+
+def main(
+    tasks: Annotated[str, typer.Option(help="Names of tasks.")] = TASKS,
+    presets: Annotated[str, typer.Option(help="Names of presets, or paths of configuration files.")] = PRESETS,
+    items: Annotated[int, typer.Option(min=1, help="Items of every task.")] = 50,
+    tokens: Annotated[int, typer.Option(min=300, help="Length of the prompts.")] = 3072,
+    question: Annotated[str, typer.Option(help="Where it stands: last, first or middle.")] = "last",
+    model: Annotated[str, typer.Option(help="Hub id, folder or GGUF file; the packaged SmolLM2 without it.")] = "",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "float32",
+    device: Annotated[str, typer.Option(help="Device of the model.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out"),
+    seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
+) -> None:
+    try:
+        if question not in LAYOUTS:
+            raise InputError(f"--question is one of {', '.join(LAYOUTS)}, not {question!r}")
+        source = model or str(packaged_model())
+        with console.status(f"loading {Path(source).name}"), quiet_loading():
+            network, tokenizer = load_model(source, dtype=getattr(torch, dtype))
+            network = network.to(device)
+        layout = cast(Layout, LAYOUTS[question])
+        maker = Maker(tokenizer, tokens, layout)
+        sets = {name: make_items(name, maker, items, seed=seed) for name in tasks.split(",")}
+        field = contenders(network, tokenizer, presets.split(","))
+        prefix = f"{Path(source).name}/{dtype}/{tokens}/{question}/{seed}"
+        with progress() as bar:
+            task = bar.add_task("", total=sum(map(len, sets.values())))
+            verdicts = run(
+                field,
+                sets,
+                Journal(out / "policies.jsonl"),
+                prefix=prefix,
+                on_item=lambda name, index: bar.update(task, advance=1, description=f"{name} {index + 1}"),
+            )
+        lines = compare(verdicts)
+        console.print(table(lines, f"{prefix}: {items} items per task, {torch.get_num_threads()} threads"))
+        (out / "policies.json").write_text(json.dumps([line.to_dict() for line in lines], indent=2))
+        console.print("written:", out / "policies.json", "and", plot_quality(lines, out / "policies.png"))
+    except LazyLLMError as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(2) from None
+
+
+def contenders(model: Any, tokenizer: Any, presets: Sequence[str]) -> list[Contender]:
+    """The unmodified model and one pipeline per preset."""
+    stock = Contender(LazyPipeline.from_preset("dense", model, tokenizer), STOCK, is_stock=True)
+    pipes = {Path(name).stem: LazyPipeline.from_preset(name, model, tokenizer) for name in presets if name}
+    return [stock, *(Contender(pipe, name) for name, pipe in pipes.items())]
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def table(lines: Sequence[Line], title: str) -> Table:
+    view = Table(title=title)
+    for column in ("task", "run"):
+        view.add_column(column)
+    for column in ("TTFT speedup", "computed", "right", "won / lost", "p", "loss", "change of loss", "agreement"):
+        view.add_column(column, justify="right")
+    for task, group in groups(lines):
+        view.add_section()
+        for line in group:
+            view.add_row(task, *_cells(line), style="bold" if line.contender == STOCK else None)
+    view.caption = (
+        "speedup: median of paired ratios; change of loss per token of the right answer, paired; 95 % intervals"
+    )
+    return view
+
+
+def _cells(line: Line) -> list[str]:
+    return [
+        line.contender,
+        _interval(line.speedup, "{:.1f}", "x"),
+        f"{line.computed_fraction:.0%}",
+        "-" if line.score is None else f"{line.score:.2f}",
+        f"+{line.won} -{line.lost}",
+        "-" if line.p_value is None else f"{line.p_value:.2f}",
+        f"{line.loss:.2f}",
+        _interval(line.loss_change, "{:+.2f}"),
+        f"{line.agreement:.2f}",
+    ]
+
+
+def _interval(effect: Effect, form: str, unit: str = "") -> str:
+    return f"{form.format(effect.estimate)}{unit} ({form.format(effect.low)} to {form.format(effect.high)})"
+
+
+if __name__ == "__main__":
+    typer.run(main)

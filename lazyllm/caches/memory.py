@@ -1,0 +1,53 @@
+"""Hidden states a scorer looks back on."""
+
+import torch
+from torch import Tensor
+
+from lazyllm.indexing import GrowingBuffer, locate
+
+
+class StateMemory:
+    """Hidden states of one row's tokens after one layer, in the order they were computed there."""
+
+    def __init__(self) -> None:
+        self._states, self._tokens = GrowingBuffer(0), GrowingBuffer(0)
+        self._tokens.append(torch.empty(0, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return self._tokens.length
+
+    def append(self, tokens: Tensor, states: Tensor) -> None:
+        """Remembers states [t, c] of `tokens` [t]."""
+        self._tokens.append(tokens)
+        self._states.append(states)
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """States [v, c] of `tokens` [v], all of which were remembered."""
+        states = self._states.read()
+        slots = locate(self._tokens.read(), tokens)
+        if slots.numel() == len(self):
+            return states if torch.equal(slots, torch.arange(len(self))) else states[slots.to(states.device)]
+        return states.index_select(0, slots.to(states.device))
+
+    def truncate(self, length: int) -> None:
+        """Forgets the entries from `length` on."""
+        self._tokens.truncate(length)
+        self._states.truncate(length)
+
+    def crop(self, tokens: int) -> None:
+        """Forgets every token whose index is `tokens` or more."""
+        slots = torch.nonzero(self._tokens.read() < tokens).squeeze(-1)
+        if slots.numel() < len(self):
+            self._tokens.keep(slots)
+            self._states.keep(slots)
+
+    def copy(self) -> "StateMemory":
+        """An independent copy."""
+        twin = StateMemory()
+        twin._states, twin._tokens = self._states.copy(), self._tokens.copy()
+        return twin
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the states in use."""
+        return self._states.used_bytes

@@ -1,0 +1,193 @@
+"""Methods beside the unmodified model, item by item: what each gains in time and loses in quality.
+
+Every item is done by every contender before the next one, in shuffled order, so that differences are paired and a
+slow moment of the machine hits all alike. Each verdict is written to disk as it comes; a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from lazyllm.evaluation.quality import Contender, Verdict, judge
+from lazyllm.evaluation.tasks import Item
+
+STOCK = "stock"
+"""Name of the unmodified model, which everything is compared with."""
+
+
+class Journal:
+    """Verdicts by key, kept in a JSON-lines file as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, Verdict] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                self._known[entry["key"]] = Verdict(**entry["verdict"])
+
+    def get(self, key: str) -> Verdict | None:
+        """What was found before, if it was."""
+        return self._known.get(key)
+
+    def put(self, key: str, verdict: Verdict) -> None:
+        """Keeps a verdict, on disk first."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "verdict": asdict(verdict)}) + "\n")
+        self._known[key] = verdict
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A paired difference or ratio: its estimate and 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender on one task.
+
+    Attributes:
+        task, contender: names.
+        items: how many.
+        score: share of right answers, None for tasks without.
+        won, lost: answers right here and wrong in the unmodified model, and the other way round.
+        p_value: two-sided sign test of won against lost.
+        loss: mean loss of the reference per token.
+        loss_change: against the unmodified model, paired by item (t interval).
+        speedup: TTFT of the unmodified model over this one's, median of the items' ratios (bootstrap interval).
+        agreement: share of reply tokens equal to the unmodified model's, up to the shorter reply.
+        computed_fraction: layer-tokens computed in prefill, of all.
+    """
+
+    task: str
+    contender: str
+    items: int
+    score: float | None
+    won: int
+    lost: int
+    p_value: float | None
+    loss: float
+    loss_change: Effect
+    speedup: Effect
+    agreement: float
+    computed_fraction: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def run(
+    contenders: Sequence[Contender],
+    tasks: Mapping[str, Sequence[Item]],
+    journal: Journal,
+    *,
+    prefix: str,
+    seed: int = 0,
+    on_item: Callable[[str, int], None] | None = None,
+) -> dict[str, dict[str, list[Verdict]]]:
+    """Verdicts by task and contender, in order of the items; those in the journal are not run again.
+
+    The unmodified model goes first on every item: its reply is the reference where an item has none.
+    """
+    order = random.Random(seed)
+    stock = next(one for one in contenders if one.is_stock)
+    others = [one for one in contenders if one is not stock]
+    verdicts: dict[str, dict[str, list[Verdict]]] = {}
+    for task, items in tasks.items():
+        verdicts[task] = defaultdict(list)
+        for index, item in enumerate(items):
+            order.shuffle(others)
+            for contender in (stock, *others):
+                key = f"{prefix}/{task}/{index}/{contender.name}"
+                verdict = journal.get(key)
+                if verdict is None:
+                    reference = None if item.reference else _own_reply(verdicts[task], stock.name)
+                    verdict = judge(contender, item, reference=reference)
+                    journal.put(key, verdict)
+                verdicts[task][contender.name].append(verdict)
+            if on_item is not None:
+                on_item(task, index)
+    return verdicts
+
+
+def _own_reply(so_far: Mapping[str, list[Verdict]], stock: str) -> list[int] | None:
+    return so_far[stock][-1].reply if so_far.get(stock) else None
+
+
+def compare(verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> list[Line]:
+    """Every contender against the unmodified model, task by task."""
+    return [
+        _line(task, name, mine, by_name[STOCK]) for task, by_name in verdicts.items() for name, mine in by_name.items()
+    ]
+
+
+def _line(task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict]) -> Line:
+    pairs = [
+        (one.loss, other.loss) for one, other in zip(mine, stock, strict=True) if None not in (one.loss, other.loss)
+    ]
+    losses = np.array(pairs, dtype=float).reshape(-1, 2)
+    ratios = np.array([other.ttft_seconds / one.ttft_seconds for one, other in zip(mine, stock, strict=True)])
+    scored = [
+        (one.is_right, other.is_right) for one, other in zip(mine, stock, strict=True) if one.is_right is not None
+    ]
+    won = sum(bool(one) and not other for one, other in scored)
+    lost = sum(bool(other) and not one for one, other in scored)
+    return Line(
+        task=task,
+        contender=name,
+        items=len(mine),
+        score=sum(bool(one) for one, _ in scored) / len(scored) if scored else None,
+        won=won,
+        lost=lost,
+        p_value=float(stats.binomtest(won, won + lost).pvalue) if won + lost else None,
+        loss=float(losses[:, 0].mean()) if losses.size else float("nan"),
+        loss_change=_mean_interval(losses[:, 0] - losses[:, 1]),
+        speedup=_median_interval(ratios),
+        agreement=float(np.mean([_agreement(one.reply, other.reply) for one, other in zip(mine, stock, strict=True)])),
+        computed_fraction=float(np.mean([one.computed_fraction for one in mine])),
+    )
+
+
+def _mean_interval(changes: Any) -> Effect:
+    """Student's t interval of the mean."""
+    if not len(changes):
+        return Effect(float("nan"), float("nan"), float("nan"))
+    mean = float(np.mean(changes))
+    error = float(stats.sem(changes)) if len(changes) > 1 else float("inf")
+    reach = error * float(stats.t.ppf(0.975, max(1, len(changes) - 1))) if error else 0.0
+    return Effect(mean, mean - reach, mean + reach)
+
+
+def _median_interval(values: Any) -> Effect:
+    """Percentile bootstrap interval of the median, with a fixed seed."""
+    middle = float(np.median(values))
+    if len(values) < 2 or np.ptp(values) == 0:
+        return Effect(middle, middle, middle)
+    found = stats.bootstrap((values,), np.median, n_resamples=999, method="percentile", rng=0).confidence_interval
+    return Effect(middle, float(found.low), float(found.high))
+
+
+def _agreement(one: Sequence[int], other: Sequence[int]) -> float:
+    length = min(len(one), len(other))
+    return sum(left == right for left, right in zip(one[:length], other[:length], strict=True)) / max(1, length)
+
+
+def groups(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
+    """Lines by task."""
+    for task in dict.fromkeys(line.task for line in lines):
+        yield task, [line for line in lines if line.task == task]

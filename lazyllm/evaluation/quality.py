@@ -1,0 +1,190 @@
+"""What pruning costs, item by item: evidence that survives, loss of the right answer, and the answer itself."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from lazyllm.caches import LazyCache
+from lazyllm.callbacks import Callback, LayerEnd
+from lazyllm.errors import InputError
+from lazyllm.evaluation.tasks import Item
+from lazyllm.pipeline import LazyPipeline
+from lazyllm.prompts import EncodedPrompt
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How much of an item's evidence is left at a layer.
+
+    Attributes:
+        layer: which layer it is that the tokens enter.
+        evidence: share of the evidence's tokens that enter it.
+        kept: share of all tokens that enter it.
+    """
+
+    layer: int
+    evidence: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a pipeline did with one item.
+
+    Attributes:
+        reference: the answer that was forced, in tokens.
+        loss: mean negative log-likelihood per token of the reference, None without one.
+        reply: token ids of the greedy answer, cut when it is right or at the end token.
+        text: the greedy answer.
+        is_right: whether it holds an accepted answer, None for tasks that have none.
+        ttft_seconds: the prefill's time.
+        computed_fraction: layer-tokens the prefill computed, of all.
+    """
+
+    reference: list[int]
+    loss: float | None
+    reply: list[int]
+    text: str
+    is_right: bool | None
+    ttft_seconds: float
+    computed_fraction: float
+
+
+class _Stop(Exception):
+    """Ends a prefill once enough layers have run."""
+
+
+class _VisibleAt(Callback):
+    """Notes who enters a layer and ends the run there."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.visible: Tensor | None = None
+
+    def on_layer_end(self, event: LayerEnd) -> None:
+        """Stops at the layer."""
+        if event.layer == self.layer:
+            self.visible = event.rows[0].visible
+            raise _Stop
+
+
+def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
+    """Runs a prefill up to `layer` and looks which of the evidence's tokens are still there.
+
+    Raises:
+        InputError: when the item names no evidence.
+    """
+    if not item.evidence:
+        raise InputError(f"an item of task {item.task!r} names no evidence")
+    encoded = pipe.encode(item.prompt)
+    wanted = torch.cat([torch.arange(*span) for span in pipe.find(item.prompt, item.evidence)]).unique()
+    spy = _VisibleAt(layer)
+    try:
+        with torch.no_grad(), pipe.attached(callbacks=[spy]) as model:
+            model(_ids(encoded, model), past_key_values=_cache(pipe, encoded), logits_to_keep=1)
+    except _Stop:
+        pass
+    assert spy.visible is not None
+    there = torch.isin(wanted, spy.visible).double().mean()
+    return Recall(layer, float(there), spy.visible.numel() / len(encoded.token_ids))
+
+
+class Contender:
+    """Something that can be judged: a pipeline, or the unmodified model."""
+
+    def __init__(self, pipe: LazyPipeline, name: str, *, is_stock: bool = False) -> None:
+        self.pipe, self.name, self.is_stock = pipe, name, is_stock
+
+    @contextmanager
+    def running(self, encoded: EncodedPrompt) -> Iterator[tuple[Any, Any, _Computed]]:
+        """The model as it runs, an empty cache for it, and a counter of what it computes."""
+        counter = _Computed()
+        if self.is_stock:
+            yield self.pipe.model, DynamicCache(config=self.pipe.model.config), counter
+            return
+        with self.pipe.attached(callbacks=[counter]) as model:
+            yield model, _cache(self.pipe, encoded), counter
+
+
+@torch.no_grad()
+def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None = None) -> Verdict:
+    """Prefills once; then forces the reference answer and, from the same point, answers greedily.
+
+    Args:
+        contender: what is judged.
+        item: on what.
+        reference: token ids to force instead of the item's own reference, such as another run's reply.
+    """
+    tokenizer = cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
+    forced = list(reference) if reference is not None else _reference(tokenizer, item)
+    started = time.perf_counter()
+    encoded = contender.pipe.encode(item.prompt)
+    with contender.running(encoded) as (model, cache, counter):
+        logits = model(_ids(encoded, model), past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        first = int(logits.argmax())
+        ttft = time.perf_counter() - started
+        loss = _forced_loss(model, copy.deepcopy(cache), logits, forced) if forced else None
+        reply = _greedy(model, cache, first, tokenizer, item)
+    text = str(tokenizer.decode(reply, skip_special_tokens=True)).strip()
+    right = item.is_right(text) if item.answers else None
+    return Verdict(forced, loss, reply, text, right, ttft, counter.share(len(encoded.token_ids)))
+
+
+class _Computed(Callback):
+    """Counts the layer-tokens of the first step."""
+
+    def __init__(self) -> None:
+        self.tokens = self.layers = 0
+
+    def on_layer_end(self, event: LayerEnd) -> None:
+        """Counts one layer."""
+        if event.is_prefill:
+            self.layers = event.layers
+            self.tokens += sum(row.computed.numel() for row in event.rows)
+
+    def share(self, tokens: int) -> float:
+        """Of all layer-tokens of a prompt; 1 when nothing was counted, as for the unmodified model."""
+        return self.tokens / (self.layers * tokens) if self.layers else 1.0
+
+
+def _reference(tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
+    return list(tokenizer(item.reference, add_special_tokens=False)["input_ids"])
+
+
+def _ids(encoded: EncodedPrompt, model: Any) -> Tensor:
+    return torch.tensor([encoded.token_ids], device=model.device)
+
+
+def _cache(pipe: LazyPipeline, encoded: EncodedPrompt) -> LazyCache:
+    return pipe.new_cache(spans=[encoded.marks.protected], queries=[encoded.marks.query])
+
+
+def _forced_loss(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> float:
+    """Each token in a step of its own, as in decoding."""
+    total = 0.0
+    for index, token in enumerate(tokens):
+        total -= float(logits.float().log_softmax(-1)[token])
+        if index + 1 < len(tokens):
+            logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache).logits[0, -1]
+    return total / len(tokens)
+
+
+def _greedy(model: Any, cache: Any, first: int, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
+    reply = [first]
+    while len(reply) < item.new_tokens and reply[-1] not in ends:
+        if item.answers and item.is_right(str(tokenizer.decode(reply, skip_special_tokens=True))):
+            break
+        step = torch.tensor([reply[-1:]], device=model.device)
+        reply.append(int(model(step, past_key_values=cache).logits[0, -1].argmax()))
+    return reply

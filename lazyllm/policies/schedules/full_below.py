@@ -1,0 +1,24 @@
+"""Short prompts run dense."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from lazyllm.policies.base import Keep, Phase, Schedule
+from lazyllm.policies.nested import AnySchedule
+
+
+class FullBelow(Schedule):
+    """Another schedule for contexts of `length` tokens or more; shorter ones are not pruned.
+
+    Attributes:
+        length: in tokens.
+        schedule: what long contexts get.
+    """
+
+    length: Annotated[int, Field(ge=0)]
+    schedule: AnySchedule
+
+    def cuts(self, layers: int, phase: Phase) -> dict[int, Keep]:
+        """Those of `schedule`, or none."""
+        return self.schedule.cuts(layers, phase) if phase.context_tokens >= self.length else {}

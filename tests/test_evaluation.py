@@ -1,0 +1,150 @@
+"""The instruments that judge quality: tasks hold what they promise, and the measures measure it."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from lazyllm import AuxCache, Constant, InputError, LastTokenAttention, LazyPipeline, Protect, Random
+from lazyllm.evaluation.compare import STOCK, Journal, compare, run
+from lazyllm.evaluation.quality import Contender, Verdict, evidence_recall, judge
+from lazyllm.evaluation.tasks import TASKS, Item, Maker, make_items
+from tests.tiny import VOCABULARY, tiny_model, word_tokenizer
+
+WORDS = [f"w{index}" for index in range(60)]
+TOKENS = 1500
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(WORDS)
+
+
+def text_of(item: Item) -> str:
+    return item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
+
+
+def words(seed: int, count: int) -> list[str]:
+    return random.Random(seed).choices(WORDS, k=count)
+
+
+def item(seed: int = 0, **fields) -> Item:
+    given = {"reference": "w1 w2 w3", "answers": ("w1",), "new_tokens": 5, **fields}
+    return Item("made", " ".join(words(seed, 40)), **given)
+
+
+def pipeline(tokenizer, **policies) -> LazyPipeline:
+    return LazyPipeline(tiny_model(), tokenizer, **policies)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("chats", [True, False])
+def test_a_task_has_its_length_its_answer_and_its_evidence(tokenizer, name: str, chats: bool):
+    if not chats:
+        tokenizer.chat_template = None
+    maker = Maker(tokenizer, TOKENS)
+    first, second = make_items(name, maker, 2)
+    assert make_items(name, maker, 1) == [first]
+    assert first.prompt != second.prompt
+    for one in (first, second):
+        assert 0.6 * TOKENS < maker.count(text_of(one)) <= 1.1 * TOKENS
+        whole = one.prompt if isinstance(one.prompt, str) else "".join(turn["content"] for turn in one.prompt)
+        assert all(passage in whole for passage in one.evidence)
+        assert not one.answers or one.is_right(one.reference)
+        if name in ("needle", "squad", "records"):
+            assert any(one.is_right(passage) for passage in one.evidence)
+
+
+@pytest.mark.parametrize(
+    ("layout", "place"), [("question last", 1.0), ("question in the middle", 0.5), ("question first", 0.0)]
+)
+def test_the_question_stands_where_it_should(tokenizer, layout, place: float):
+    (one,) = make_items("needle", Maker(tokenizer, TOKENS, layout), 1)
+    text = text_of(one)
+    found = text.index("What is the secret number")
+    assert abs(found / len(text) - place) < 0.3
+
+
+def test_an_unknown_task_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"'needles'.*Did you mean 'needle'"):
+        make_items("needles", Maker(tokenizer, TOKENS), 1)
+
+
+def test_an_answer_is_right_whatever_case_and_punctuation():
+    one = item(answers=("New York-City", "1066"))
+    assert one.is_right("It was new york-city.")
+    assert one.is_right("(1066)!")
+    assert not one.is_right("New Jersey")
+
+
+@pytest.mark.parametrize("recent", [10, 20, 40])
+def test_recall_is_the_share_of_the_evidence_that_stays(tokenizer, recent: int):
+    spread = words(0, 40)
+    one = Item("made", " ".join(spread), "", evidence=(" ".join(spread[20:40]),))
+    pipe = pipeline(
+        tokenizer, scorer="SinkRecent(sinks=0)", schedule=Constant(recent / 40, start=1), protect=Protect(recent=1)
+    )
+    found = evidence_recall(pipe, one, layer=2)
+    assert found.evidence == min(recent, 20) / 20
+    assert found.kept == recent / 40
+
+
+def test_recall_leaves_the_model_usable_and_needs_evidence(tokenizer):
+    pipe = pipeline(tokenizer, scorer=Random(), schedule=Constant(0.5))
+    with pytest.raises(InputError, match="names no evidence"):
+        evidence_recall(pipe, item(), layer=2)
+    evidence_recall(pipe, item(evidence=(" ".join(words(0, 40)[:5]),)), layer=2)
+    pipe.generate(" ".join(words(1, 20)), max_new_tokens=2)
+
+
+def test_the_loss_is_that_of_the_reference_after_the_prompt(tokenizer):
+    pipe = pipeline(tokenizer, cache="DenseCache")
+    one = item()
+    prompt, reference = (tokenizer(text)["input_ids"] for text in (one.prompt, one.reference))
+    with torch.no_grad():
+        logits = tiny_model()(torch.tensor([prompt + reference])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(reference))
+    for contender in (Contender(pipe, "dense"), Contender(pipe, STOCK, is_stock=True)):
+        verdict = judge(contender, one)
+        assert verdict.loss == pytest.approx(float(expected), rel=1e-5)
+        assert verdict.computed_fraction == 1.0
+        expected_reply = pipe.generate(one.prompt, max_new_tokens=5, do_sample=False).token_ids
+        assert verdict.reply == expected_reply[: len(verdict.reply)]
+
+
+def test_a_pruned_pipeline_is_judged_on_what_it_computes(tokenizer):
+    pipe = pipeline(tokenizer, scorer=LastTokenAttention(), schedule=Constant(0.5, start=1), cache=AuxCache())
+    verdict = judge(Contender(pipe, "half"), item(), reference=[VOCABULARY % 60 + 3, 9])
+    stats = pipe.generate(item().prompt, max_new_tokens=1, do_sample=False).stats
+    assert verdict.computed_fraction == pytest.approx(stats.prefill_computed_fraction)
+    assert verdict.reference == [VOCABULARY % 60 + 3, 9]
+
+
+def test_a_run_that_was_cut_off_goes_on(tokenizer, tmp_path, monkeypatch):
+    pipe = pipeline(tokenizer, scorer=Random(), schedule=Constant(0.5))
+    field = [Contender(pipe, STOCK, is_stock=True), Contender(pipe, "random")]
+    tasks = {"made": [item(0), item(1, reference="", answers=())]}
+    journal = tmp_path / "results.jsonl"
+    whole = run(field, tasks, Journal(journal), prefix="x")
+    assert len(journal.read_text().splitlines()) == 4
+    monkeypatch.setattr("lazyllm.evaluation.compare.judge", lambda *_, **__: pytest.fail("judged twice"))
+    assert run(field, tasks, Journal(journal), prefix="x") == whole
+    assert whole["made"]["random"][1].reference == whole["made"][STOCK][1].reply
+    lines = compare(whole)
+    assert [line.contender for line in lines] == [STOCK, "random"]
+    assert json.dumps([line.to_dict() for line in lines])
+
+
+def test_the_comparison_is_paired():
+    def verdict(loss: float, right: bool, ttft: float, reply: list[int]) -> Verdict:
+        return Verdict([1], loss, reply, "", right, ttft, 0.5)
+
+    stock = [verdict(1.0, True, 4.0, [1, 2]), verdict(2.0, False, 6.0, [1, 2]), verdict(3.0, True, 8.0, [1, 2])]
+    mine = [verdict(1.5, True, 2.0, [1, 2]), verdict(2.5, True, 2.0, [1, 3]), verdict(3.5, False, 2.0, [3, 3, 3])]
+    line = compare({"made": {STOCK: stock, "mine": mine}})[1]
+    assert (line.won, line.lost, line.score, line.p_value) == (1, 1, 2 / 3, 1.0)
+    assert (line.loss_change.estimate, line.loss_change.low, line.loss_change.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert line.speedup.estimate == 3.0
+    assert 2.0 <= line.speedup.low <= line.speedup.high <= 4.0
+    assert line.agreement == pytest.approx(0.5)
