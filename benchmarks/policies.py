@@ -30,7 +30,7 @@ from lazyllm.models.loading import load_model
 from lazyllm.pipeline import LazyPipeline
 
 TASKS = "needle,squad,hotpot,labels,code"
-PRESETS = "recommended,recommended-fast,paper,static-pruning"
+PRESETS = "recommended,recommended-fast,static-pruning"
 LAYOUTS = {"last": "question last", "first": "question first", "middle": "question in the middle"}
 
 console = Console(width=None if Console().is_terminal else 160)

@@ -6,6 +6,7 @@ slow moment of the machine hits all alike. Each verdict is written to disk as it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import defaultdict
@@ -113,7 +114,7 @@ def run(
         for index, item in enumerate(items):
             order.shuffle(others)
             for contender in (stock, *others):
-                key = f"{prefix}/{task}/{index}/{contender.name}"
+                key = f"{prefix}/{task}/{_digest(item)}/{contender.name}/{_digest(contender.pipe.config)}"
                 verdict = journal.get(key)
                 if verdict is None:
                     reference = None if item.reference else _own_reply(verdicts[task], stock.name)
@@ -123,6 +124,11 @@ def run(
             if on_item is not None:
                 on_item(task, index)
     return verdicts
+
+
+def _digest(thing: Any) -> str:
+    """A few letters that change whenever an item or a configuration does."""
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
 
 
 def _own_reply(so_far: Mapping[str, list[Verdict]], stock: str) -> list[int] | None:

@@ -43,7 +43,7 @@ class Item:
     reference: str
     answers: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
-    new_tokens: int = 24
+    new_tokens: int = 16
 
     def is_right(self, reply: str) -> bool:
         """Whether an accepted answer stands in the reply, whatever case and punctuation."""
