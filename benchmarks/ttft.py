@@ -27,7 +27,7 @@ from lazyllm.models.loading import load_model
 FIRST_SPEECH = "1985-Reagan-1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-console = Console()
+console = Console(width=None if Console().is_terminal else 160)
 
 
 def main(
@@ -87,7 +87,8 @@ def run(
             )
         reports.append(report)
         console.print(table(report))
-    console.print("written:", save_reports(reports, out / "ttft.json"), "and", plot_bench(reports, out / "ttft.png"))
+        written = save_reports(reports, out / "ttft.json"), plot_bench(reports, out / "ttft.png")
+    console.print("written:", *written)
 
 
 def long_text(tokenizer: Any, tokens: int) -> list[int]:

@@ -1,8 +1,8 @@
-"""A question about a long speech, answered by a small real model: unmodified beside two settings of lazyllm.
+"""A question about a long speech, answered by a small real model: unmodified beside two presets of lazyllm.
 
     python examples/demo.py
 
-Needs no network. Writes out/demo-tokens-per-layer.png and out/demo-stats.json.
+Needs no network. Writes out/demo-tokens-per-layer.png, out/demo-kept.png and out/demo-stats.json.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from lazyllm import (
-    AuxCache,
     GenerationResult,
     GenerationStats,
     LazyConfig,
     LazyPipeline,
     ProgressBar,
-    Protect,
-    Stages,
-    WindowAttention,
+    TokenTrace,
 )
 from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loading
+from lazyllm.evaluation.plots import plot_kept
 from lazyllm.models.loading import load_model
 from lazyllm.pipeline import TokenClock
 
@@ -42,12 +40,7 @@ OUT = Path("out")
 
 SETTINGS = {
     "paper": LazyConfig.preset("paper"),
-    "stronger": LazyConfig(
-        scorer=WindowAttention(window=32, heads="max", pool=33),
-        schedule=Stages(stages={0.2: 0.4, 0.4: 0.2}),
-        cache=AuxCache(decode="reuse"),
-        protect=Protect(sinks=4, recent=64),
-    ),
+    "recommended": LazyConfig.preset("recommended"),
 }
 
 console = Console()
@@ -85,7 +78,7 @@ def main() -> None:
     console.print()
     console.print(table(runs))
     verdict(runs)
-    save(runs, tokens)
+    save(runs, tokens, draw_kept(model, tokenizer, prompt))
 
 
 def quiet_load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -172,7 +165,16 @@ def verdict(runs: dict[str, Runs]) -> None:
         )
 
 
-def save(runs: dict[str, Runs], tokens: int) -> None:
+def draw_kept(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> Path:
+    """Which tokens the recommended preset computes, with the sentences that name the answer marked."""
+    trace = TokenTrace()
+    pipeline = LazyPipeline.from_preset("recommended", model, tokenizer, callbacks=[trace])
+    pipeline.generate(prompt, max_new_tokens=1)
+    sentences = [part for part in packaged_speech(SPEECH).split(". ") if EXPECTED in part]
+    return plot_kept(trace, OUT / "demo-kept.png", marked=pipeline.find(prompt, sentences))
+
+
+def save(runs: dict[str, Runs], tokens: int, kept: Path) -> None:
     OUT.mkdir(exist_ok=True)
     data = {
         "speech": SPEECH,
@@ -197,7 +199,7 @@ def save(runs: dict[str, Runs], tokens: int) -> None:
     paper = runs["paper"].stats
     assert paper is not None
     figure = paper.plot(OUT / "demo-tokens-per-layer.png")
-    console.print(f"Written: {figure} (the paper preset) and {path}", highlight=False)
+    console.print(f"Written: {figure} (the paper preset), {kept} (the recommended one) and {path}", highlight=False)
 
 
 if __name__ == "__main__":

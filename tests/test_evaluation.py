@@ -6,8 +6,19 @@ import random
 import pytest
 import torch
 
-from lazyllm import AuxCache, Constant, InputError, LastTokenAttention, LazyPipeline, Protect, Random
+from lazyllm import (
+    AuxCache,
+    Constant,
+    InputError,
+    LastTokenAttention,
+    LateInteraction,
+    LazyPipeline,
+    Protect,
+    Random,
+    TokenTrace,
+)
 from lazyllm.evaluation.compare import STOCK, Journal, compare, run
+from lazyllm.evaluation.plots import plot_kept, plot_quality
 from lazyllm.evaluation.quality import Contender, Verdict, evidence_recall, judge
 from lazyllm.evaluation.tasks import TASKS, Item, Maker, make_items
 from tests.tiny import VOCABULARY, tiny_model, word_tokenizer
@@ -52,7 +63,7 @@ def test_a_task_has_its_length_its_answer_and_its_evidence(tokenizer, name: str,
         whole = one.prompt if isinstance(one.prompt, str) else "".join(turn["content"] for turn in one.prompt)
         assert all(passage in whole for passage in one.evidence)
         assert not one.answers or one.is_right(one.reference)
-        if name in ("needle", "squad", "records"):
+        if name in ("needle", "follow-up", "squad", "records"):
             assert any(one.is_right(passage) for passage in one.evidence)
 
 
@@ -113,6 +124,32 @@ def test_the_loss_is_that_of_the_reference_after_the_prompt(tokenizer):
         assert verdict.reply == expected_reply[: len(verdict.reply)]
 
 
+def test_a_second_turn_goes_on_where_the_first_one_stopped(tokenizer):
+    one = item(follow_up="w7 w8", answers=("none",))
+    pipe = pipeline(tokenizer, cache="DenseCache")
+    first = pipe.generate(one.prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1).token_ids
+    end = tokenizer.eos_token_id
+    said = first[: first.index(end)] if end in first else first
+    between = tokenizer("user : w7 w8 assistant :")["input_ids"]
+    whole = tokenizer(one.prompt)["input_ids"] + said + between
+    expected = pipe.generate(whole, max_new_tokens=5, do_sample=False, eos_token_id=-1).token_ids
+    for contender in (Contender(pipe, "dense"), Contender(pipe, STOCK, is_stock=True)):
+        assert judge(contender, one).reply == expected
+
+
+def test_the_query_of_a_second_turn_is_its_question(tokenizer, monkeypatch):
+    asked = []
+    spy = LateInteraction(pool=3)
+    monkeypatch.setattr(
+        LateInteraction, "score", lambda self, context: asked.append(context) or torch.zeros(context.tokens.shape)
+    )
+    pipe = pipeline(tokenizer, scorer=spy, schedule=Constant(0.5, start=1), cache=AuxCache(decode="reuse"))
+    judge(Contender(pipe, "late"), item(follow_up="w7 w8"))
+    ids = asked[-1].token_ids
+    assert tokenizer.decode(ids[asked[-1].query]) == "w7 w8"
+    assert asked[-1].context_tokens > asked[0].context_tokens
+
+
 def test_a_pruned_pipeline_is_judged_on_what_it_computes(tokenizer):
     pipe = pipeline(tokenizer, scorer=LastTokenAttention(), schedule=Constant(0.5, start=1), cache=AuxCache())
     verdict = judge(Contender(pipe, "half"), item(), reference=[VOCABULARY % 60 + 3, 9])
@@ -148,3 +185,16 @@ def test_the_comparison_is_paired():
     assert line.speedup.estimate == 3.0
     assert 2.0 <= line.speedup.low <= line.speedup.high <= 4.0
     assert line.agreement == pytest.approx(0.5)
+
+
+def test_the_figures_are_drawn(tokenizer, tmp_path):
+    trace = TokenTrace()
+    pipe = pipeline(tokenizer, scorer=Random(), schedule=Constant(0.5), callbacks=[trace])
+    pipe.generate(item().prompt, max_new_tokens=1)
+    field = [Contender(pipe, STOCK, is_stock=True), Contender(pipe, "random")]
+    lines = compare(run(field, {"made": [item(0), item(1)]}, Journal(tmp_path / "results.jsonl"), prefix="x"))
+    for path in (
+        plot_kept(trace, tmp_path / "kept.png", marked=[(3, 9)]),
+        plot_quality(lines, tmp_path / "quality.png"),
+    ):
+        assert path.read_bytes().startswith(b"\x89PNG")

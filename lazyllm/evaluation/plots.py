@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
+    from lazyllm.callbacks import TokenTrace
     from lazyllm.evaluation.bench import BenchReport
     from lazyllm.evaluation.compare import Line
     from lazyllm.result import GenerationStats
@@ -54,6 +57,28 @@ def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:
         axes.axhline(0, color="0.5", linewidth=1, linestyle="--")
         axes.set(title=task, xlabel="TTFT speedup", xscale="log", ylabel="change of loss per answer token")
         axes.legend(loc="best", fontsize=7)
+    return _save(figure, path)
+
+
+def plot_kept(trace: TokenTrace, path: str | Path, *, marked: Sequence[tuple[int, int]] = ()) -> Path:
+    """Which tokens of a prompt entered each layer of its prefill; `marked` token ranges are pointed at."""
+    path, figure = _new_figure(path, (11, 3.6))
+    axes = figure.subplots()
+    layers = [event.rows[0] for event in trace.steps[0]]
+    tokens = int(layers[0].visible.max()) + 1
+    grid = np.zeros((len(layers), tokens))
+    for layer, row in enumerate(layers):
+        grid[layer, row.computed.numpy()] = 1
+    axes.imshow(
+        grid, aspect="auto", interpolation="antialiased", cmap="Blues", vmax=1.4, extent=(0, tokens, len(layers), 0)
+    )
+    for start, stop in marked:
+        axes.axvspan(start, stop, ymin=1.0, ymax=1.06, color=BAND_COLOURS[3], clip_on=False)
+    counts = [int(row.computed.numel()) for row in layers]
+    axes.set(xlabel="token of the prompt (marked above: the answer's sentence)", ylabel="layer")
+    axes.set_title(f"Computed: {counts[0]:,} tokens at layer 0, {counts[-1]:,} of {tokens:,} at the last", pad=14)
+    axes.plot([], [], color=LAZY, linewidth=5, label="computed")
+    axes.legend(loc="lower right")
     return _save(figure, path)
 
 

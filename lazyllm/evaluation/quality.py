@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lazyllm.caches import LazyCache
+from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, LayerEnd
 from lazyllm.errors import InputError
 from lazyllm.evaluation.tasks import Item
@@ -132,11 +133,50 @@ def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None =
         logits = model(_ids(encoded, model), past_key_values=cache, logits_to_keep=1).logits[0, -1]
         first = int(logits.argmax())
         ttft = time.perf_counter() - started
+        if item.follow_up:
+            logits, first = _second_turn(contender, model, cache, encoded, first, item)
         loss = _forced_loss(model, copy.deepcopy(cache), logits, forced) if forced else None
         reply = _greedy(model, cache, first, tokenizer, item)
     text = str(tokenizer.decode(reply, skip_special_tokens=True)).strip()
     right = item.is_right(text) if item.answers else None
     return Verdict(forced, loss, reply, text, right, ttft, counter.share(len(encoded.token_ids)))
+
+
+def _second_turn(
+    contender: Contender, model: Any, cache: Any, encoded: EncodedPrompt, first: int, item: Item
+) -> tuple[Tensor, int]:
+    """Answers the first question, asks the second one on the same cache, and returns what comes after it."""
+    tokenizer = cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
+    ends = _end_ids(model, tokenizer)
+    reply = _greedy(model, cache, first, tokenizer, replace(item, answers=()))
+    said = [token for token in reply if token not in ends]
+    if not said:  # an empty first answer: say something, so that the turn has a text
+        said = tokenizer("-", add_special_tokens=False)["input_ids"]
+    tail, (start, stop) = _turn(tokenizer, item)
+    before = [*encoded.token_ids, *said]
+    conversation, fed = [*before, *tail], cache.get_seq_length()
+    if isinstance(cache, LazyCache):
+        asked = (len(before) + start, len(before) + stop)
+        cache.mark_prompts([PromptMarks(encoded.marks.protected, (asked,))])
+    new = torch.tensor([conversation[fed:]], device=model.device)
+    logits = model(new, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    return logits, int(logits.argmax())
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[list[int], tuple[int, int]]:
+    """What the template puts behind one reply to ask the second question, and where in it the question stands."""
+    mark = "REPLY"
+    if tokenizer.chat_template is None:
+        text = f"{mark}\n\nQuestion: {item.follow_up}\nAnswer:"
+    else:
+        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
+        turns.append({"role": "user", "content": item.follow_up})
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    tail = text.rpartition(mark)[2]
+    encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True)
+    left, right = tail.index(item.follow_up), tail.index(item.follow_up) + len(item.follow_up)
+    inside = [at for at, (start, stop) in enumerate(encoded["offset_mapping"]) if start < right and stop > left]
+    return list(encoded["input_ids"]), (inside[0], inside[-1] + 1)
 
 
 class _Computed(Callback):
@@ -178,9 +218,13 @@ def _forced_loss(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) 
     return total / len(tokens)
 
 
-def _greedy(model: Any, cache: Any, first: int, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
+def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
     ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
+    return [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+
+
+def _greedy(model: Any, cache: Any, first: int, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
+    ends = _end_ids(model, tokenizer)
     reply = [first]
     while len(reply) < item.new_tokens and reply[-1] not in ends:
         if item.answers and item.is_right(str(tokenizer.decode(reply, skip_special_tokens=True))):

@@ -36,6 +36,7 @@ class Item:
         answers: any of these in the reply makes it right; () for tasks that have no right answer.
         evidence: passages of the prompt that the answer needs.
         new_tokens: how long a reply may be.
+        follow_up: a question of a second turn on the same cache; reference and answers are then those of that turn.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Item:
     answers: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
     new_tokens: int = 16
+    follow_up: str = ""
 
     def is_right(self, reply: str) -> bool:
         """Whether an accepted answer stands in the reply, whatever case and punctuation."""
@@ -111,11 +113,7 @@ _KEYS = tuple(
 
 def needle(maker: Maker, rng: random.Random) -> Item:
     """One of four numbers hidden at any depth of presidential addresses."""
-    keys = rng.sample(_KEYS, 4)
-    facts = [f"The secret number of {key} is {rng.randint(100_000, 999_999)}." for key in keys]
-    document = maker.fill(_prose(rng), maker.tokens - 180)
-    for fact in facts:
-        document.insert(rng.randint(0, len(document)), fact)
+    keys, facts, document = _hidden_numbers(maker, rng)
     number = facts[0].split()[-1].rstrip(".")
     return Item(
         "needle",
@@ -123,6 +121,20 @@ def needle(maker: Maker, rng: random.Random) -> Item:
         _reply(maker, f"The secret number of {keys[0]} is {number}.", number),
         (number,),
         (facts[0],),
+    )
+
+
+def follow_up(maker: Maker, rng: random.Random) -> Item:
+    """Two of the four numbers, the second asked for in a second turn."""
+    keys, facts, document = _hidden_numbers(maker, rng)
+    number = facts[1].split()[-1].rstrip(".")
+    return Item(
+        "follow-up",
+        maker.ask(document, f"What is the secret number of {keys[0]}?"),
+        _reply(maker, f"The secret number of {keys[1]} is {number}.", number),
+        (number,),
+        (facts[1],),
+        follow_up=f"What is the secret number of {keys[1]}? Answer briefly.",
     )
 
 
@@ -272,6 +284,7 @@ def rules(maker: Maker, rng: random.Random) -> Item:
 
 TASKS: dict[str, Task] = {
     "needle": needle,
+    "follow-up": follow_up,
     "squad": squad,
     "hotpot": hotpot,
     "labels": labels,
@@ -295,6 +308,16 @@ def make_items(name: str, maker: Maker, count: int, *, seed: int = 0) -> list[It
 
 
 # -- material ------------------------------------------------------------------------------------------
+
+
+def _hidden_numbers(maker: Maker, rng: random.Random) -> tuple[list[str], list[str], list[str]]:
+    """Four keys, a sentence that gives each a number, and prose that holds these sentences at any depth."""
+    keys = rng.sample(_KEYS, 4)
+    facts = [f"The secret number of {key} is {rng.randint(100_000, 999_999)}." for key in keys]
+    document = maker.fill(_prose(rng), maker.tokens - 180)
+    for fact in facts:
+        document.insert(rng.randint(0, len(document)), fact)
+    return keys, facts, document
 
 
 def _prose(rng: random.Random) -> Iterator[str]:
