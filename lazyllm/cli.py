@@ -67,7 +67,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")] = "auto",
-    preset: Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")] = "paper",
+    preset: Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")] = "recommended",
     scorer: Annotated[str | None, typer.Option(help="Instead of the preset's: 'WindowAttention(window=16)'.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Instead of the preset's: 'Stages({9: 0.7})'.")] = None,
     cache: Annotated[str | None, typer.Option(help="Instead of the preset's: 'AuxCache(decode=\"reuse\")'.")] = None,

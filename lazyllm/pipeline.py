@@ -122,14 +122,21 @@ class LazyPipeline:
         gguf_file: str | None = None,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
+        preset: str | Path | None = None,
         scorer: Scorer | str | Mapping[str, Any] | None = None,
         schedule: Schedule | str | Mapping[str, Any] | None = None,
         cache: CachePolicy | str | Mapping[str, Any] | None = None,
         protect: Protect | Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> LazyPipeline:
-        """Loads a model and its tokenizer from a hub id, a folder or a GGUF file."""
-        recipe = cls(scorer=scorer, schedule=schedule, cache=cache, protect=protect, callbacks=callbacks)
+        """Loads a model and its tokenizer from a hub id, a folder or a GGUF file.
+
+        Policies that are given replace those of the preset; without a preset the others are the paper's.
+        """
+        base = dict(LazyConfig.preset(preset)) if preset is not None else {}
+        own = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect}
+        policies = base | {name: policy for name, policy in own.items() if policy is not None}
+        recipe = cls(**policies, callbacks=callbacks)
         return recipe.bind(*load_model(path_or_id, gguf_file=gguf_file, dtype=dtype, device_map=device_map))
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LazyPipeline:

@@ -11,14 +11,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from lazyllm import CACHES, SCHEDULES, SCORERS, LazyConfig, LazyPipeline, preset_names
+from lazyllm import CACHES, SCHEDULES, SCORERS, Constant, LazyConfig, LazyPipeline, preset_names
 from lazyllm.cli import app
 from lazyllm.policies import Keep, Phase
 from tests.tiny import word_tokenizer
 
 WORDS = [f"w{index}" for index in range(60)]
 PROMPT = " ".join(WORDS[3 * index % 60] for index in range(40))
-PRUNING = ["--scorer", "WindowAttention(window=4)", "--schedule", "Stages({1: 0.6, 3: 0.3})"]
+PRUNING = ["--preset", "paper", "--scorer", "WindowAttention(window=4)", "--schedule", "Stages({1: 0.6, 3: 0.3})"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_generate_prints_the_pipelines_text_and_nothing_else_on_stdout(lazyllm, 
 def test_the_prompt_may_come_from_a_file_or_from_stdin(lazyllm, folder, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT)
-    text = expected(folder, PROMPT, **LazyConfig.preset("paper").to_dict()) + "\n"
+    text = expected(folder, PROMPT, **LazyConfig.preset("recommended").to_dict()) + "\n"
     assert lazyllm("generate", "--prompt-file", file).stdout == text
     assert lazyllm("generate", "--prompt-file", "-", stdin=PROMPT).stdout == text
     assert lazyllm("generate", stdin=PROMPT).stdout == text
@@ -217,7 +217,7 @@ BINARY = b"\x89PNG\r\n\x1a\n\xff\xfe"
         (["--prompt", PROMPT, "--scorer", "WindowAttention(window=3"], ["'WindowAttention(window=3'"]),
         (["--prompt", PROMPT, "--schedule", "Stages({1: 1.5})"], ["1.5"]),
         (["--prompt", PROMPT, "--schedule", "Stages({7: 0.5})"], ["layer 7", "0 to 3"]),
-        (["--prompt", PROMPT, "--schedule", "Constant(keep=0.5, start=0)"], ["before layer 0"]),
+        (["--prompt", PROMPT, "--preset", "paper", "--schedule", "Constant(keep=0.5, start=0)"], ["before layer 0"]),
         (["--prompt", PROMPT, "--cache", "AuxCache(decode='x')"], ["'x'"]),
         (["--prompt", PROMPT, "--sinks", "-1"], ["sinks", "-1"]),
         (["--prompt", PROMPT, "--dtype", "float31"], ["'float31'", "Did you mean 'float32'?"]),
@@ -277,3 +277,9 @@ def test_python_m_lazyllm_is_the_same_command():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("lazyllm: unknown preset 'nope'")
+
+
+def test_a_pipeline_from_a_preset_takes_other_policies_one_by_one(folder):
+    pipe = LazyPipeline.from_pretrained(folder, preset="recommended", schedule="Constant(0.5)")
+    recommended = LazyConfig.preset("recommended")
+    assert pipe.config == recommended.model_copy(update={"schedule": Constant(0.5)})

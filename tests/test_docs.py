@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lazyllm
-from lazyllm import CACHES, SCHEDULES, SCORERS, LazyPipeline, preset_names
+from lazyllm import CACHES, SCHEDULES, SCORERS, preset_names
 from tests.tiny import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -59,11 +59,7 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture
 def namespace(model, tokenizer, monkeypatch, tmp_path) -> dict:
     """What the snippets of one page share: a module `my_policies` in an empty folder, and no checkpoint to load."""
-
-    def from_pretrained(cls, path, *, gguf_file=None, dtype="auto", device_map=None, **policies):
-        return cls(model, tokenizer, **policies)
-
-    monkeypatch.setattr(LazyPipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr("lazyllm.pipeline.load_model", lambda path, **_: (model, tokenizer))
     monkeypatch.chdir(tmp_path)
     module = ModuleType("my_policies")
     monkeypatch.setitem(sys.modules, "my_policies", module)
