@@ -156,7 +156,6 @@ def _query(query: Query | None, known: _Text) -> tuple[TokenRange, ...]:
         start, stop = known.user
         questions = [(start + left, start + right) for left, right in find_questions(known.text[start:stop])]
         return tuple(tokens for chars in questions if (tokens := known.tokens(chars)) is not None)
-    length = len(known.token_ids)
     asked = [tokens for chars in lone_questions(known.text) if (tokens := known.tokens(chars)) is not None]
     last = _pieces(known.text, BLANK_LINE)[-1]
     ends_asking = "?" in known.text[slice(*last)] and last[1] - last[0] <= LONGEST_QUESTION
