@@ -57,9 +57,14 @@ class _Text:
 
     def tokens(self, chars: CharRange) -> TokenRange | None:
         """The tokens that touch `chars`, None when there is none."""
-        left, right = chars
-        inside = [index for index, (start, stop) in enumerate(self.offsets) if start < right and stop > left]
-        return (inside[0], inside[-1] + 1) if inside else None
+        return tokens_touching(chars, self.offsets)
+
+
+def tokens_touching(chars: CharRange, offsets: Sequence[CharRange]) -> TokenRange | None:
+    """Range of the tokens that touch `chars`, given each token's characters; None when there is none."""
+    left, right = chars
+    inside = [index for index, (start, stop) in enumerate(offsets) if start < right and stop > left]
+    return (inside[0], inside[-1] + 1) if inside else None
 
 
 def is_batch(prompt: Prompt) -> bool:

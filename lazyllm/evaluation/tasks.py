@@ -10,7 +10,7 @@ import re
 import sysconfig
 from bisect import bisect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -114,27 +114,25 @@ _KEYS = tuple(
 def needle(maker: Maker, rng: random.Random) -> Item:
     """One of four numbers hidden at any depth of presidential addresses."""
     keys, facts, document = _hidden_numbers(maker, rng)
-    number = facts[0].split()[-1].rstrip(".")
-    return Item(
-        "needle",
-        maker.ask(document, f"What is the secret number of {keys[0]}?"),
-        _reply(maker, f"The secret number of {keys[0]} is {number}.", number),
-        (number,),
-        (facts[0],),
-    )
+    return _number_item("needle", maker, document, keys[0], keys[0], facts[0])
 
 
 def follow_up(maker: Maker, rng: random.Random) -> Item:
     """Two of the four numbers, the second asked for in a second turn."""
     keys, facts, document = _hidden_numbers(maker, rng)
-    number = facts[1].split()[-1].rstrip(".")
+    asked = f"What is the secret number of {keys[1]}? Answer briefly."
+    return replace(_number_item("follow-up", maker, document, keys[0], keys[1], facts[1]), follow_up=asked)
+
+
+def _number_item(task: str, maker: Maker, document: list[str], asked: str, wanted: str, fact: str) -> Item:
+    """A question for the number of one key; `fact` gives that of the key the answer is about."""
+    number = fact.split()[-1].rstrip(".")
     return Item(
-        "follow-up",
-        maker.ask(document, f"What is the secret number of {keys[0]}?"),
-        _reply(maker, f"The secret number of {keys[1]} is {number}.", number),
+        task,
+        maker.ask(document, f"What is the secret number of {asked}?"),
+        _reply(maker, f"The secret number of {wanted} is {number}.", number),
         (number,),
-        (facts[1],),
-        follow_up=f"What is the secret number of {keys[1]}? Answer briefly.",
+        (fact,),
     )
 
 
