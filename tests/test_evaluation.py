@@ -168,6 +168,8 @@ def test_a_run_that_was_cut_off_goes_on(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("lazyllm.evaluation.compare.judge", lambda *_, **__: pytest.fail("judged twice"))
     assert run(field, tasks, Journal(journal), prefix="x") == whole
     assert whole["made"]["random"][1].reference == whole["made"][STOCK][1].reply
+    assert whole["made"][STOCK][1].reference == whole["made"][STOCK][1].reply
+    assert whole["made"][STOCK][1].reply != whole["made"][STOCK][0].reply
     lines = compare(whole)
     assert [line.contender for line in lines] == [STOCK, "random"]
     assert json.dumps([line.to_dict() for line in lines])

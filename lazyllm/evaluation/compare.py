@@ -117,7 +117,8 @@ def run(
                 key = f"{prefix}/{task}/{_digest(item)}/{contender.name}/{_digest(contender.pipe.config)}"
                 verdict = journal.get(key)
                 if verdict is None:
-                    reference = None if item.reference else _own_reply(verdicts[task], stock.name)
+                    own = item.reference or contender is stock
+                    reference = None if own else verdicts[task][stock.name][-1].reply
                     verdict = judge(contender, item, reference=reference)
                     journal.put(key, verdict)
                 verdicts[task][contender.name].append(verdict)
@@ -131,10 +132,6 @@ def _digest(thing: Any) -> str:
     return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
 
 
-def _own_reply(so_far: Mapping[str, list[Verdict]], stock: str) -> list[int] | None:
-    return so_far[stock][-1].reply if so_far.get(stock) else None
-
-
 def compare(verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> list[Line]:
     """Every contender against the unmodified model, task by task."""
     return [
@@ -143,10 +140,7 @@ def compare(verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> list[Lin
 
 
 def _line(task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict]) -> Line:
-    pairs = [
-        (one.loss, other.loss) for one, other in zip(mine, stock, strict=True) if None not in (one.loss, other.loss)
-    ]
-    losses = np.array(pairs, dtype=float).reshape(-1, 2)
+    losses = np.array([(one.loss, other.loss) for one, other in zip(mine, stock, strict=True)])
     ratios = np.array([other.ttft_seconds / one.ttft_seconds for one, other in zip(mine, stock, strict=True)])
     scored = [
         (one.is_right, other.is_right) for one, other in zip(mine, stock, strict=True) if one.is_right is not None
@@ -161,7 +155,7 @@ def _line(task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict
         won=won,
         lost=lost,
         p_value=float(stats.binomtest(won, won + lost).pvalue) if won + lost else None,
-        loss=float(losses[:, 0].mean()) if losses.size else float("nan"),
+        loss=float(losses[:, 0].mean()),
         loss_change=_mean_interval(losses[:, 0] - losses[:, 1]),
         speedup=_median_interval(ratios),
         agreement=float(np.mean([_agreement(one.reply, other.reply) for one, other in zip(mine, stock, strict=True)])),
@@ -171,8 +165,6 @@ def _line(task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict
 
 def _mean_interval(changes: Any) -> Effect:
     """Student's t interval of the mean."""
-    if not len(changes):
-        return Effect(float("nan"), float("nan"), float("nan"))
     mean = float(np.mean(changes))
     error = float(stats.sem(changes)) if len(changes) > 1 else float("inf")
     reach = error * float(stats.t.ppf(0.975, max(1, len(changes) - 1))) if error else 0.0

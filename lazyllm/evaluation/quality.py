@@ -19,7 +19,7 @@ from lazyllm.callbacks import Callback, LayerEnd
 from lazyllm.errors import InputError
 from lazyllm.evaluation.tasks import Item
 from lazyllm.pipeline import LazyPipeline
-from lazyllm.prompts import EncodedPrompt
+from lazyllm.prompts import EncodedPrompt, tokens_touching
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Verdict:
 
     Attributes:
         reference: the answer that was forced, in tokens.
-        loss: mean negative log-likelihood per token of the reference, None without one.
+        loss: mean negative log-likelihood per token of the reference.
         reply: token ids of the greedy answer, cut when it is right or at the end token.
         text: the greedy answer.
         is_right: whether it holds an accepted answer, None for tasks that have none.
@@ -52,7 +52,7 @@ class Verdict:
     """
 
     reference: list[int]
-    loss: float | None
+    loss: float
     reply: list[int]
     text: str
     is_right: bool | None
@@ -118,12 +118,13 @@ class Contender:
 
 @torch.no_grad()
 def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None = None) -> Verdict:
-    """Prefills once; then forces the reference answer and, from the same point, answers greedily.
+    """Prefills once; then answers greedily and, from the same point, forces the reference answer.
 
     Args:
         contender: what is judged.
         item: on what.
-        reference: token ids to force instead of the item's own reference, such as another run's reply.
+        reference: token ids to force instead of the item's own reference, such as another run's reply; where there is
+            neither, the contender's own reply.
     """
     tokenizer = cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
     forced = list(reference) if reference is not None else _reference(tokenizer, item)
@@ -135,8 +136,9 @@ def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None =
         ttft = time.perf_counter() - started
         if item.follow_up:
             logits, first = _second_turn(contender, model, cache, encoded, first, item)
-        loss = _forced_loss(model, copy.deepcopy(cache), logits, forced) if forced else None
-        reply = _greedy(model, cache, first, tokenizer, item)
+        reply = _greedy(model, copy.deepcopy(cache), first, tokenizer, item)
+        forced = forced or reply
+        loss = _forced_loss(model, cache, logits, forced)
     text = str(tokenizer.decode(reply, skip_special_tokens=True)).strip()
     right = item.is_right(text) if item.answers else None
     return Verdict(forced, loss, reply, text, right, ttft, counter.share(len(encoded.token_ids)))
@@ -174,9 +176,10 @@ def _turn(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[list[int], tu
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     tail = text.rpartition(mark)[2]
     encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True)
-    left, right = tail.index(item.follow_up), tail.index(item.follow_up) + len(item.follow_up)
-    inside = [at for at, (start, stop) in enumerate(encoded["offset_mapping"]) if start < right and stop > left]
-    return list(encoded["input_ids"]), (inside[0], inside[-1] + 1)
+    left = tail.index(item.follow_up)
+    asked = tokens_touching((left, left + len(item.follow_up)), encoded["offset_mapping"])
+    assert asked is not None, "a question has tokens"
+    return list(encoded["input_ids"]), asked
 
 
 class _Computed(Callback):
