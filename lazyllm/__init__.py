@@ -5,6 +5,7 @@ skipped token later where it stopped (LazyLLM, Fu et al. 2024, arXiv 2407.14057)
 """
 
 from lazyllm.caches import CACHES, AuxCache, CachePolicy, DenseCache, DropCache, LazyCache
+from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import (
@@ -22,6 +23,7 @@ from lazyllm.policies import (
     SCORERS,
     AttentionMass,
     Blockwise,
+    ByQuestion,
     Combined,
     Constant,
     FullBelow,
@@ -54,6 +56,7 @@ __all__ = [
     "AttentionMass",
     "AuxCache",
     "Blockwise",
+    "ByQuestion",
     "CacheError",
     "CachePolicy",
     "Callback",
@@ -79,6 +82,7 @@ __all__ = [
     "PolicyError",
     "Pooled",
     "ProgressBar",
+    "PromptMarks",
     "Protect",
     "Random",
     "Schedule",

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -156,17 +155,13 @@ class LazyPipeline:
 
     # -- running it --------------------------------------------------------------------------------
 
-    def new_cache(
-        self, *, spans: Sequence[Sequence[TokenRange]] = (), queries: Sequence[Sequence[TokenRange]] = ()
-    ) -> LazyCache:
+    def new_cache(self, *, marks: Sequence[PromptMarks] = ()) -> LazyCache:
         """An empty cache for one batch.
 
         Args:
-            spans: protected token ranges (start, stop), one list per prompt.
-            queries: token ranges of the query, one list per prompt; the last tokens where there is none.
+            marks: what is known about the prompts, one each, such as `pipe.encode(prompt).marks`.
         """
-        each = zip_longest(spans, queries, fillvalue=())
-        return LazyCache(self.config.cache, marks=[PromptMarks(tuple(span), tuple(query)) for span, query in each])
+        return LazyCache(self.config.cache, marks=marks)
 
     @contextmanager
     def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:

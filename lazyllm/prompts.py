@@ -23,6 +23,8 @@ Prompt = Any
 CharRange = tuple[int, int]
 
 BLANK_LINE = r"\n\s*\n"
+QUESTION_MARKS = ("?", "\uff1f", "\u061f")
+"""The Latin, the full-width and the Arabic one."""
 LONGEST_QUESTION = 400
 """Characters; a longer paragraph is a text and not a question."""
 MOST_QUESTIONS = 3
@@ -97,7 +99,7 @@ def encode(
     protected = [_range("protected", span, known) for span in protect.spans]
     if protect.system:
         protected += [tokens for chars in known.system if (tokens := known.tokens(chars)) is not None]
-    return EncodedPrompt(known.token_ids, PromptMarks(tuple(protected), _query(query, known)))
+    return EncodedPrompt(known.token_ids, PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known)))
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> PreTrainedTokenizerBase:
@@ -157,15 +159,28 @@ def _query(query: Query | None, known: _Text) -> tuple[TokenRange, ...]:
         return (_range("query", query, known),)
     if known.text is None or not known.offsets:
         return ()
-    if known.user is not None:
-        start, stop = known.user
-        questions = [(start + left, start + right) for left, right in find_questions(known.text[start:stop])]
-        return tuple(tokens for chars in questions if (tokens := known.tokens(chars)) is not None)
-    asked = [tokens for chars in lone_questions(known.text) if (tokens := known.tokens(chars)) is not None]
-    last = _pieces(known.text, BLANK_LINE)[-1]
-    ends_asking = "?" in known.text[slice(*last)] and last[1] - last[0] <= LONGEST_QUESTION
-    tail = known.tokens(last) if ends_asking else None
-    return (*asked, tail or (max(0, length - AUTO_TOKENS), length))
+    asking = _asking(known.text, known.user)
+    ranges = [tokens for chars in asking if (tokens := known.tokens(chars)) is not None]
+    ends_asking = known.user is not None or (asking and asking[-1][1] == len(known.text.rstrip()))
+    return tuple(ranges) if ends_asking else (*ranges, (max(0, length - AUTO_TOKENS), length))
+
+
+def _is_asked(query: Query | None, known: _Text) -> bool:
+    """Whether the query is named by its words or its place, or what the text seems to ask holds a question mark."""
+    if isinstance(query, tuple) or (isinstance(query, str) and query != "auto"):
+        return True
+    text = known.text or ""
+    return any(mark in text[slice(*chars)] for chars in _asking(text, known.user) for mark in QUESTION_MARKS)
+
+
+def _asking(text: str, user: CharRange | None) -> list[CharRange]:
+    """Which characters of a prompt seem to ask something: in a chat, of the last user turn."""
+    if user is not None:
+        start, stop = user
+        return [(start + left, start + right) for left, right in find_questions(text[start:stop])]
+    last = _pieces(text, BLANK_LINE)[-1]
+    asks = last[1] - last[0] <= LONGEST_QUESTION and any(mark in text[slice(*last)] for mark in QUESTION_MARKS)
+    return sorted({*lone_questions(text), *([last] if asks else [])})
 
 
 def find_questions(text: str) -> list[CharRange]:
@@ -184,7 +199,7 @@ def lone_questions(text: str) -> list[CharRange]:
     found = [
         chars
         for chars in _pieces(text, BLANK_LINE)
-        if chars[1] - chars[0] <= LONGEST_QUESTION and text[: chars[1]].endswith("?")
+        if chars[1] - chars[0] <= LONGEST_QUESTION and text[: chars[1]].endswith(QUESTION_MARKS)
     ]
     return found if len(found) <= MOST_QUESTIONS else []
 

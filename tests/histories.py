@@ -11,6 +11,7 @@ from lazyllm import (
     AttentionMass,
     AuxCache,
     Blockwise,
+    ByQuestion,
     CachePolicy,
     Combined,
     DropCache,
@@ -171,6 +172,7 @@ def schedules(first: int = 1, layers: int = LAYERS) -> st.SearchStrategy[Schedul
         plain,
         st.builds(FullBelow, length=st.integers(0, 20), schedule=plain),
         st.builds(PerPhase, prefill=plain, decode=plain),
+        st.builds(ByQuestion, asked=plain, unasked=plain),
     )
 
 

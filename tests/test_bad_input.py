@@ -28,6 +28,7 @@ from lazyllm import (
     LastTokenAttention,
     LazyPipeline,
     PolicyError,
+    PromptMarks,
     Protect,
     Random,
     Scorer,
@@ -317,7 +318,8 @@ def test_logits_of_pruned_positions(pipe):
     torch.testing.assert_close(logits[-1], last[0, 0], rtol=0, atol=1e-12)
     spans = LazyPipeline(tiny_model(), schedule=Stages({1: 0.5}), protect=Protect(spans=[(0, 20)]))
     with torch.no_grad(), spans.attached() as model:
-        assert not model(ids, past_key_values=spans.new_cache(spans=[[(0, 20)]])).logits.isnan().any()
+        marks = [PromptMarks(protected=((0, 20),))]
+        assert not model(ids, past_key_values=spans.new_cache(marks=marks)).logits.isnan().any()
 
 
 def test_a_protected_range_beyond_the_prompt():

@@ -18,6 +18,7 @@ from lazyllm import (
     AttentionMass,
     AuxCache,
     Blockwise,
+    ByQuestion,
     CachePolicy,
     Combined,
     ConfigError,
@@ -56,6 +57,7 @@ REQUIRED = {
     "Combined": {"scorers": [("Random", 1.0), ({"name": "Pooled", "scorer": "SinkRecent"}, 0.5)]},
     "Funnel": {"schedules": ["AttentionMass(start=1)", {"name": "Constant", "keep": 0.5, "start": 2}]},
     "FullBelow": {"length": 30, "schedule": {"name": "Stages", "stages": {1: 0.5}}},
+    "ByQuestion": {"asked": "Constant(keep=0.5)", "unasked": "Constant()"},
     "PerPhase": {"prefill": "Constant(keep=0.5)", "decode": "Constant()"},
 }
 
@@ -137,6 +139,7 @@ schedules = st.recursive(
     lambda inner: st.one_of(
         st.builds(FullBelow, length=st.integers(0, 9999), schedule=inner),
         st.builds(PerPhase, prefill=inner, decode=inner),
+        st.builds(ByQuestion, asked=inner, unasked=inner),
         st.builds(Funnel, schedules=st.lists(inner, min_size=1, max_size=3).map(tuple)),
     ),
     max_leaves=4,

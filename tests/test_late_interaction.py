@@ -23,6 +23,7 @@ from lazyllm import (
     LexicalOverlap,
     PolicyError,
     Pooled,
+    PromptMarks,
     Protect,
     Random,
     ScoreContext,
@@ -536,6 +537,44 @@ QUESTION = "Who came to the meeting?"
 )
 def test_find_questions(text: str, expected: list[str]):
     assert [text[start:stop] for start, stop in find_questions(text)] == expected
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        (f"{RARE} ?", True),
+        (f"{TEXT}\n\n{RARE} ?\nw1 .", True),
+        (f"{RARE} ?\n\n{TEXT}", True),
+        (TEXT, False),
+        (f"w1 ? {TEXT} {TEXT} {TEXT}", False),
+        (ask(f"{TEXT} {TEXT} {TEXT}\n\n{RARE} ?"), True),
+        (ask(f"{TEXT} {TEXT} {TEXT}\n\n{RARE} \uff1f"), True),
+        (ask(f"{TEXT} {TEXT} {TEXT}\n\n{RARE} \u061f"), True),
+        (ask(f"{TEXT} {TEXT} {TEXT}\n\n{RARE} ."), False),
+        ([*ask(f"{RARE} ?"), {"role": "assistant", "content": "w1"}, *ask(f"{RARE} .")], False),
+        ([3, 4, 5], False),
+    ],
+    ids=["text", "end", "first", "no question", "a mark far off", "chat", "full-width", "Arabic", "order",
+         "earlier turn", "ids"],
+)  # fmt: skip
+@pytest.mark.parametrize("query", [None, "auto", 5])
+def test_a_prompt_asks_where_a_question_would_stand(pipe, prompt, asked: bool, query):
+    assert pipe.encode(prompt, query=query).marks.asked is asked
+
+
+@pytest.mark.parametrize("query", [(1, 3), "w1"])
+def test_a_prompt_with_a_named_query_asks(pipe, query):
+    assert pipe.encode("w0 w1 w2", query=query).marks.asked
+
+
+def test_a_prompt_asks_whatever_the_scorer_reads():
+    made = LazyPipeline(tiny_model(), word_tokenizer([*WORDS, "?"]), scorer=Random())
+    assert made.encode(f"{TEXT}\n\n{RARE} ?").marks == PromptMarks(asked=True)
+    assert made.encode(TEXT).marks == PromptMarks()
 
 
 # -- bad input ------------------------------------------------------------------------------------------

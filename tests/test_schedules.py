@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lazyllm import (
     AttentionMass,
     AuxCache,
+    ByQuestion,
     ConfigError,
     Constant,
     FullBelow,
@@ -18,6 +19,7 @@ from lazyllm import (
     LexicalOverlap,
     Linear,
     PerPhase,
+    PromptMarks,
     Protect,
     Random,
     ScoreContext,
@@ -284,6 +286,33 @@ def test_a_follow_up_turn_is_not_bound():
     assert revived(history.steps[-1]) == 0
     history.step(random_ids(1, 9))
     assert revived(history.steps[-1]) > 0
+
+
+# -- prompts that ask -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asked", "counts"), [(True, [12, 4, 4]), (False, [20, 10, 10])])
+def test_a_prompt_that_asks_gets_the_schedule_for_it(asked: bool, counts: list[int]):
+    schedule = ByQuestion(asked=Funnel((Constant(0.6, start=0), Constant(0.2))), unasked=Constant(0.5))
+    history = new_history(tiny_model(), scorer=Random(), schedule=schedule, cache=AuxCache(), protect=Protect())
+    history.cache.mark_prompts([PromptMarks(asked=asked)])
+    history.step(random_ids(1, 20))
+    assert [layer.rows[0].visible.numel() for layer in history.steps[0]][:3] == counts
+
+
+def test_the_rows_of_a_batch_ask_each_for_itself():
+    schedule = ByQuestion(asked=Constant(0.2), unasked=Constant(0.5))
+    history = new_history(tiny_model(), scorer=Random(), schedule=schedule, cache=AuxCache(), protect=Protect())
+    history.cache.mark_prompts([PromptMarks(asked=True), PromptMarks()])
+    history.step(random_ids(2, 20))
+    assert [row.visible.numel() for row in history.steps[0][1].rows] == [4, 10]
+
+
+@pytest.mark.parametrize(("asked", "unasked", "recent"), [(True, 9, 3), (False, 9, 9), (False, None, 3), (False, 0, 1)])
+def test_more_recent_tokens_may_stay_where_nothing_is_asked(asked: bool, unasked: int | None, recent: int):
+    protect = Protect(recent=3, recent_unasked=unasked)
+    mask = protect.mask(torch.arange(20), 20, 20, [], asked=asked)
+    assert mask.nonzero().squeeze(-1).tolist() == list(range(20 - recent, 20))
 
 
 # -- cuts before layer 0 --------------------------------------------------------------------------------

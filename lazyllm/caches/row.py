@@ -15,10 +15,17 @@ from lazyllm.policies.query import TokenRange
 
 @dataclass(frozen=True)
 class PromptMarks:
-    """What is known about a prompt's tokens: ranges (start, stop) that are protected, and those of the query."""
+    """What is known about a prompt's tokens.
+
+    Attributes:
+        protected: token ranges (start, stop) that are never pruned.
+        query: token ranges of the query; the last tokens where there is none.
+        asked: whether the prompt asks something, by a question in its text or by a query that was named.
+    """
 
     protected: tuple[TokenRange, ...] = ()
     query: tuple[TokenRange, ...] = ()
+    asked: bool = False
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _second_turn(
     conversation, fed = [*before, *tail], cache.get_seq_length()
     if isinstance(cache, LazyCache):
         asked = (len(before) + start, len(before) + stop)
-        cache.mark_prompts([PromptMarks(encoded.marks.protected, (asked,))])
+        cache.mark_prompts([PromptMarks(encoded.marks.protected, (asked,), asked=True)])
     new = torch.tensor([conversation[fed:]], device=model.device)
     logits = model(new, past_key_values=cache, logits_to_keep=1).logits[0, -1]
     return logits, int(logits.argmax())
@@ -208,7 +208,7 @@ def _ids(encoded: EncodedPrompt, model: Any) -> Tensor:
 
 
 def _cache(pipe: LazyPipeline, encoded: EncodedPrompt) -> LazyCache:
-    return pipe.new_cache(spans=[encoded.marks.protected], queries=[encoded.marks.query])
+    return pipe.new_cache(marks=[encoded.marks])
 
 
 def _forced_loss(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> float:

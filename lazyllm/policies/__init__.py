@@ -2,7 +2,17 @@
 
 from lazyllm.policies.base import Keep, Phase, Policy, Registry, Schedule, ScoreContext, Scorer
 from lazyllm.policies.protect import Protect
-from lazyllm.policies.schedules import SCHEDULES, AttentionMass, Constant, FullBelow, Funnel, Linear, PerPhase, Stages
+from lazyllm.policies.schedules import (
+    SCHEDULES,
+    AttentionMass,
+    ByQuestion,
+    Constant,
+    FullBelow,
+    Funnel,
+    Linear,
+    PerPhase,
+    Stages,
+)
 from lazyllm.policies.scorers import (
     SCORERS,
     Blockwise,
@@ -22,6 +32,7 @@ __all__ = [
     "SCORERS",
     "AttentionMass",
     "Blockwise",
+    "ByQuestion",
     "Combined",
     "Constant",
     "FullBelow",

@@ -136,10 +136,17 @@ class Scorer(Policy):
 
 @dataclass(frozen=True)
 class Phase:
-    """When a schedule is asked: in prefill or decode, and how long the context is."""
+    """What a schedule may look at.
+
+    Attributes:
+        is_prefill: whether many tokens are new, or one.
+        context_tokens: how long the context is.
+        asked: whether the prompt asks something.
+    """
 
     is_prefill: bool
     context_tokens: int
+    asked: bool = False
 
 
 @dataclass(frozen=True)

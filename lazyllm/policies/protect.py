@@ -19,6 +19,7 @@ class Protect(Policy):
     Attributes:
         sinks: how many tokens at the start of the context stay (Xiao et al. 2023, arXiv 2309.17453).
         recent: how many tokens at the end of the context stay.
+        recent_unasked: how many where the prompt asks nothing; None = `recent`.
         generated: whether the tokens of the running reply stay.
         system: whether the system messages of a chat stay.
         spans: token ranges `(start, stop)` of the prompt, or substrings of it (the first occurrence).
@@ -26,6 +27,7 @@ class Protect(Policy):
 
     sinks: Annotated[int, Field(ge=0)] = 0
     recent: Annotated[int, Field(ge=0)] = 0
+    recent_unasked: Annotated[int, Field(ge=0)] | None = None
     generated: bool = True
     system: bool = False
     spans: tuple[Span, ...] = ()
@@ -41,12 +43,16 @@ class Protect(Policy):
                 raise ValueError(f"a protected token range is (start, stop) with 0 <= start < stop, not {span}")
         return spans
 
-    def mask(self, tokens: Tensor, context_tokens: int, reply_start: int, ranges: Sequence[TokenRange]) -> Tensor:
+    def mask(
+        self, tokens: Tensor, context_tokens: int, reply_start: int, ranges: Sequence[TokenRange], *, asked: bool
+    ) -> Tensor:
         """Which of `tokens` [v] are protected, as booleans [v].
 
-        `reply_start` is the index of the running reply's first token, `ranges` are the row's resolved spans.
+        `reply_start` is the index of the running reply's first token, `ranges` are the row's resolved spans,
+        `asked` says whether its prompt asks something.
         """
-        recent_start = context_tokens - max(1, self.recent)
+        recent = self.recent if asked or self.recent_unasked is None else self.recent_unasked
+        recent_start = context_tokens - max(1, recent)
         if self.generated:
             recent_start = min(recent_start, reply_start)
         kept = (tokens < self.sinks) | (tokens >= recent_start)

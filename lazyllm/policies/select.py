@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -30,9 +31,8 @@ class Selector:
     def __init__(self, scorer: Scorer, schedule: Schedule, protect: Protect, layers: int) -> None:
         self.scorer, self.protect = scorer, protect
         self.cuts = lru_cache(maxsize=256)(lambda phase: schedule.cuts(layers, phase))
-        self.cut_layers = frozenset(
-            layer for is_prefill in (True, False) for layer in self.cuts(Phase(is_prefill, sys.maxsize))
-        )
+        phases = [Phase(is_prefill, sys.maxsize, asked) for is_prefill, asked in product((True, False), repeat=2)]
+        self.cut_layers = frozenset(layer for phase in phases for layer in self.cuts(phase))
         if scorer.needs_attention and 0 in self.cut_layers:
             raise ConfigError(
                 f"{schedule} prunes before layer 0, where {type(scorer).__name__} has no attention to read yet; "
@@ -76,8 +76,9 @@ class Selector:
         """How many of `tokens` may enter `layer`; None where the scorer need not be asked."""
         if layer not in self.cut_layers or not step.selects:
             return None
-        context_tokens = len(step.rows[index].ledger)
-        keep = self.cuts(Phase(step.is_prefill, context_tokens)).get(layer)
+        row = step.rows[index]
+        context_tokens = len(row.ledger)
+        keep = self.cuts(Phase(step.is_prefill, context_tokens, row.marks.asked)).get(layer)
         if keep is None:
             return None
         narrows = keep.adapts or tokens.numel() > keep.limit(context_tokens)
@@ -88,7 +89,7 @@ class Selector:
     def _protected(self, step: Step, index: int, tokens: Tensor) -> Tensor:
         row = step.rows[index]
         ranges = [*row.marks.protected, step.read_range(index)]
-        mask = self.protect.mask(tokens, len(row.ledger), row.reply_start, ranges)
+        mask = self.protect.mask(tokens, len(row.ledger), row.reply_start, ranges, asked=row.marks.asked)
         if self.scorer.reads_query is not None or row.marks.query:
             mask |= torch.isin(tokens, self._query(step, index, rolling=False))
         return mask

@@ -2,6 +2,7 @@
 
 from lazyllm.policies.base import Registry, Schedule
 from lazyllm.policies.schedules.attention_mass import AttentionMass
+from lazyllm.policies.schedules.by_question import ByQuestion
 from lazyllm.policies.schedules.constant import Constant
 from lazyllm.policies.schedules.full_below import FullBelow
 from lazyllm.policies.schedules.funnel import Funnel
@@ -20,7 +21,18 @@ SCHEDULES: Registry[Schedule] = Registry(
         Funnel,
         FullBelow,
         PerPhase,
+        ByQuestion,
     ],
 )
 
-__all__ = ["SCHEDULES", "AttentionMass", "Constant", "FullBelow", "Funnel", "Linear", "PerPhase", "Stages"]
+__all__ = [
+    "SCHEDULES",
+    "AttentionMass",
+    "ByQuestion",
+    "Constant",
+    "FullBelow",
+    "Funnel",
+    "Linear",
+    "PerPhase",
+    "Stages",
+]
