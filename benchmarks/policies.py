@@ -1,6 +1,7 @@
 """What pruning gains and costs on real tasks: methods beside the unmodified model, item by item.
 
     python benchmarks/policies.py --items 50 --tokens 3072 --presets recommended,paper,static-pruning
+    python benchmarks/policies.py --items 20 --presets "" --curves late-interaction,paper,static-pruning,random-drop
 
 Without --model it runs the packaged SmolLM2-135M-Instruct. Tasks are made from packaged data. Every result is written
 to out/policies.jsonl as it comes, and a second call goes on where the first one stopped; the table goes to
@@ -10,7 +11,7 @@ out/policies.json and the curve of the answer's loss over the speedup to out/pol
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -20,14 +21,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lazyllm import LazyConfig, LazyPipeline
 from lazyllm.errors import InputError, LazyLLMError
 from lazyllm.evaluation.compare import STOCK, Effect, Journal, Line, compare, groups, run
+from lazyllm.evaluation.curves import CURVES, curve_points
 from lazyllm.evaluation.data import packaged_model, quiet_loading
 from lazyllm.evaluation.plots import plot_quality
 from lazyllm.evaluation.quality import Contender
 from lazyllm.evaluation.tasks import Layout, Maker, make_items
-from lazyllm.models.loading import load_model
-from lazyllm.pipeline import LazyPipeline
+from lazyllm.models.loading import dtype_named, load_model
 
 TASKS = "needle,squad,hotpot,labels,code"
 PRESETS = "recommended,recommended-fast,static-pruning"
@@ -41,6 +43,7 @@ def main(
     presets: Annotated[str, typer.Option(help="Names of presets, or paths of configuration files.")] = PRESETS,
     items: Annotated[int, typer.Option(min=1, help="Items of every task.")] = 50,
     tokens: Annotated[int, typer.Option(min=300, help="Length of the prompts.")] = 3072,
+    curves: Annotated[str, typer.Option(help="Methods to run from gentle to strong: " + ", ".join(CURVES))] = "",
     question: Annotated[str, typer.Option(help="Where it stands: last, first or middle.")] = "last",
     model: Annotated[str, typer.Option(help="Hub id, folder or GGUF file; the packaged SmolLM2 without it.")] = "",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "float32",
@@ -53,12 +56,12 @@ def main(
             raise InputError(f"--question is one of {', '.join(LAYOUTS)}, not {question!r}")
         source = model or str(packaged_model())
         with console.status(f"loading {Path(source).name}"), quiet_loading():
-            network, tokenizer = load_model(source, dtype=getattr(torch, dtype))
+            network, tokenizer = load_model(source, dtype=dtype_named(dtype))
             network = network.to(device)
         layout = cast(Layout, LAYOUTS[question])
         maker = Maker(tokenizer, tokens, layout)
         sets = {name: make_items(name, maker, items, seed=seed) for name in tasks.split(",")}
-        field = contenders(network, tokenizer, presets.split(","))
+        field = contenders(network, tokenizer, {**named(presets), **swept(curves)})
         prefix = f"{Path(source).name}/{dtype}/{tokens}/{question}/{seed}"
         with progress() as bar:
             task = bar.add_task("", total=sum(map(len, sets.values())))
@@ -78,11 +81,23 @@ def main(
         raise typer.Exit(2) from None
 
 
-def contenders(model: Any, tokenizer: Any, presets: Sequence[str]) -> list[Contender]:
-    """The unmodified model and one pipeline per preset."""
+def named(presets: str) -> dict[str, LazyConfig]:
+    """Configurations of presets and files, by name."""
+    return {Path(name).stem: LazyConfig.preset(name) for name in presets.split(",") if name}
+
+
+def swept(curves: str) -> dict[str, LazyConfig]:
+    """Configurations of every point of every curve, by name."""
+    return {name: config for curve in curves.split(",") if curve for name, config in curve_points(curve).items()}
+
+
+def contenders(model: Any, tokenizer: Any, configs: Mapping[str, LazyConfig]) -> list[Contender]:
+    """The unmodified model and one pipeline per configuration."""
     stock = Contender(LazyPipeline.from_preset("dense", model, tokenizer), STOCK, is_stock=True)
-    pipes = {Path(name).stem: LazyPipeline.from_preset(name, model, tokenizer) for name in presets if name}
-    return [stock, *(Contender(pipe, name) for name, pipe in pipes.items())]
+    return [
+        stock,
+        *(Contender(LazyPipeline.from_config(config, model, tokenizer), name) for name, config in configs.items()),
+    ]
 
 
 def progress() -> Progress:

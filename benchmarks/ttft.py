@@ -18,14 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lazyllm.errors import InputError, LazyLLMError, unknown
+from lazyllm.errors import InputError, LazyLLMError
 from lazyllm.evaluation.bench import BenchReport, Measurement, Spread, default_presets, measure, save_reports
 from lazyllm.evaluation.data import packaged_model, packaged_speech, packaged_speech_names, quiet_loading
 from lazyllm.evaluation.plots import plot_bench
-from lazyllm.models.loading import load_model
+from lazyllm.models.loading import dtype_named, load_model
 
 FIRST_SPEECH = "1985-Reagan-1"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 console = Console(width=None if Console().is_terminal else 160)
 
@@ -61,13 +60,13 @@ def run(
     out: Path,
     seed: int,
 ) -> None:
-    if wrong := [dtype for dtype in dtypes if dtype not in DTYPES]:
-        raise InputError(unknown("dtype", wrong[0], DTYPES))
+    for dtype in dtypes:
+        dtype_named(dtype)
     source = model or str(packaged_model())
     reports = []
     for dtype in dtypes:
         with console.status(f"loading {Path(source).name} in {dtype}"), quiet_loading():
-            network, tokenizer = load_model(source, dtype=DTYPES[dtype])
+            network, tokenizer = load_model(source, dtype=dtype_named(dtype))
             network = network.to(device)
         text = long_text(tokenizer, max(lengths))
         with Progress(

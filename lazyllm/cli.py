@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lazyllm.caches import CACHES
 from lazyllm.callbacks import ProgressBar, TokenTrace
 from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
-from lazyllm.errors import ConfigError, InputError, LazyLLMError, unknown
-from lazyllm.models.loading import load_model
+from lazyllm.errors import ConfigError, InputError, LazyLLMError
+from lazyllm.models.loading import DTYPES, dtype_named, load_model
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies import SCHEDULES, SCORERS
 from lazyllm.policies.base import Keep, Phase, Policy, Registry
@@ -37,7 +37,6 @@ except ImportError as missing:
         f"the lazyllm command needs {missing.name}, which is not installed: pip install lazyllm-torch[cli]"
     ) from None
 
-DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 WARM_UP_TOKENS = 8
 
 app = typer.Typer(
@@ -66,7 +65,7 @@ def generate(
     prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file, - for stdin.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
     preset: Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")] = "recommended",
     scorer: Annotated[str | None, typer.Option(help="Instead of the preset's: 'WindowAttention(window=16)'.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Instead of the preset's: 'Stages({9: 0.7})'.")] = None,
@@ -177,10 +176,9 @@ def _check_outputs(stats_json: Path | None, plot: Path | None, trace: Path | Non
 
 def _load(model: str, gguf_file: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; whatever keeps them from loading is an InputError."""
-    if dtype not in DTYPES:
-        raise InputError(unknown("dtype", dtype, DTYPES))
+    kind = dtype if dtype == "auto" else dtype_named(dtype)
     try:
-        return load_model(model, gguf_file=gguf_file, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+        return load_model(model, gguf_file=gguf_file, dtype=kind)
     except InputError:
         raise
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lazyllm import (
     TokenTrace,
 )
 from lazyllm.evaluation.compare import STOCK, Journal, compare, run
+from lazyllm.evaluation.curves import CURVES, curve_points
 from lazyllm.evaluation.plots import plot_kept, plot_quality
 from lazyllm.evaluation.quality import Contender, Verdict, evidence_recall, judge
 from lazyllm.evaluation.tasks import TASKS, Item, Maker, make_items
@@ -63,7 +65,7 @@ def test_a_task_has_its_length_its_answer_and_its_evidence(tokenizer, name: str,
         whole = one.prompt if isinstance(one.prompt, str) else "".join(turn["content"] for turn in one.prompt)
         assert all(passage in whole for passage in one.evidence)
         assert not one.answers or one.is_right(one.reference)
-        if name in ("needle", "follow-up", "squad", "records"):
+        if name in ("needle", "follow-up", "squad", "records", "table", "german"):
             assert any(one.is_right(passage) for passage in one.evidence)
 
 
@@ -200,3 +202,32 @@ def test_the_figures_are_drawn(tokenizer, tmp_path):
         plot_quality(lines, tmp_path / "quality.png"),
     ):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_curve_computes_less_and_less(tokenizer, name: str):
+    one = replace(item(), prompt=" ".join(words(0, 240)))
+    points = curve_points(name)
+    shares = [judge(Contender(LazyPipeline.from_config(config, tiny_model(), tokenizer), label), one).computed_fraction
+              for label, config in points.items()]  # fmt: skip
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < shares[0]
+    assert all(label.startswith(f"{name}@") for label in points)
+
+
+def test_an_unknown_curve_is_refused():
+    with pytest.raises(InputError, match=r"'papers'.*Did you mean 'paper'"):
+        curve_points("papers")
+
+
+def test_a_line_that_was_cut_off_is_dropped(tmp_path):
+    path = tmp_path / "results.jsonl"
+    verdict = Verdict([1], 0.5, [2], "ä", None, 1.0, 0.5)
+    Journal(path).put("a", verdict)
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"key": "b", "verdict": {"text": "ä'.encode()[:-1])
+    journal = Journal(path)
+    assert (journal.get("a"), journal.get("b")) == (verdict, None)
+    journal.put("b", verdict)
+    assert Journal(path).get("b") == verdict
+    assert path.read_bytes().startswith(whole)

@@ -26,13 +26,17 @@ STOCK = "stock"
 
 
 class Journal:
-    """Verdicts by key, kept in a JSON-lines file as they come."""
+    """Verdicts by key, kept in a JSON-lines file as they come. A line that was cut off in the middle is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[str, Verdict] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            written = path.read_bytes()
+            whole = written[: written.rfind(b"\n") + 1]
+            if whole != written:
+                path.write_bytes(whole)
+            for line in whole.decode("utf-8").splitlines():
                 entry = json.loads(line)
                 self._known[entry["key"]] = Verdict(**entry["verdict"])
 

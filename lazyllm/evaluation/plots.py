@@ -42,22 +42,48 @@ def plot_bench(reports: Sequence[BenchReport], path: str | Path) -> Path:
 
 
 def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:
-    """Change of the right answer's loss over TTFT speedup, one panel per task (Figure 5 of arXiv 2407.14057)."""
-    from lazyllm.evaluation.compare import groups
+    """Change of the right answer's loss over TTFT speedup, one panel per task (Figure 5 of arXiv 2407.14057).
 
-    tasks = dict(groups(lines))
-    path, figure = _new_figure(path, (3.4 * len(tasks), 3.6))
-    names = list(dict.fromkeys(line.contender for line in lines))
-    for axes, (task, group) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
-        for line in group:
-            effect, colour = line.loss_change, f"C{names.index(line.contender)}"
-            reach = [[effect.estimate - effect.low], [effect.high - effect.estimate]]
-            at, name = line.speedup.estimate, line.contender
-            axes.errorbar(at, effect.estimate, yerr=reach, fmt="o", color=colour, capsize=2, label=name)
+    Contenders whose names differ only behind an `@` are points of one curve.
+    """
+    from lazyllm.evaluation.compare import STOCK, groups
+
+    tasks = {task: [line for line in group if line.contender != STOCK] for task, group in groups(lines)}
+    methods = list(dict.fromkeys(_method(line) for line in lines if line.contender != STOCK))
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    path, figure = _new_figure(path, (4.6 * columns, 3.6 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(tasks) :]:
+        axes.remove()
+    for axes, (task, group) in zip(panels, tasks.items(), strict=False):
         axes.axhline(0, color="0.5", linewidth=1, linestyle="--")
+        axes.axvline(1, color="0.5", linewidth=1, linestyle="--")
+        for index, method in enumerate(methods):
+            _draw_curve(axes, method, [line for line in group if _method(line) == method], f"C{index}")
         axes.set(title=task, xlabel="TTFT speedup", xscale="log", ylabel="change of loss per answer token")
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.xaxis.set_minor_formatter("{x:g}x")
+        axes.tick_params(axis="x", which="both", labelsize=7)
         axes.legend(loc="best", fontsize=7)
     return _save(figure, path)
+
+
+def _method(line: Line) -> str:
+    return line.contender.partition("@")[0]
+
+
+def _draw_curve(axes: Any, method: str, points: Sequence[Line], colour: str) -> None:
+    points = sorted(points, key=lambda line: line.speedup.estimate)
+    effects = [line.loss_change for line in points]
+    reach = [
+        [effect.estimate - effect.low for effect in effects],
+        [effect.high - effect.estimate for effect in effects],
+    ]
+    speedups, changes = [line.speedup.estimate for line in points], [effect.estimate for effect in effects]
+    axes.errorbar(
+        speedups, changes, yerr=reach, fmt="o-", markersize=4, linewidth=1.2, color=colour, capsize=2, label=method
+    )
 
 
 def plot_kept(trace: TokenTrace, path: str | Path, *, marked: Sequence[tuple[int, int]] = ()) -> Path:

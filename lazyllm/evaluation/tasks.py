@@ -9,7 +9,7 @@ import random
 import re
 import sysconfig
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -190,26 +190,71 @@ def hotpot(maker: Maker, rng: random.Random) -> Item:
 
 def records(maker: Maker, rng: random.Random) -> Item:
     """One field of one record in a long JSON list."""
-    people = [f"{first.title()} {last.title()}" for first in _KEYS for last in _KEYS]
-    rng.shuffle(people)
     lines = maker.fill(
         (
-            f'{{"name": "{name}", "city": "{rng.choice(_KEYS).title()}ville", "age": {rng.randint(18, 90)}, '
-            f'"phone": "{rng.randint(200, 999)}-{rng.randint(1000, 9999)}"}},'
-            for name in people
+            f'{{"name": "{one.name}", "city": "{one.city}", "age": {one.age}, "phone": "{one.phone}"}},'
+            for one in _people(rng)
         ),
         maker.tokens - 60,
     )
-    chosen = rng.choice(lines)
-    name, phone = re.findall(r'"name": "([^"]*)"', chosen)[0], re.findall(r'"phone": "([^"]*)"', chosen)[0]
-    document = ["[\n" + "\n".join(lines).rstrip(",") + "\n]"]
-    return Item(
-        "records",
-        maker.ask(document, f"What is the phone number of {name}?"),
-        _reply(maker, f"The phone number of {name} is {phone}.", phone),
-        (phone,),
-        (chosen.rstrip(","),),
+    document = "[\n" + "\n".join(lines).rstrip(",") + "\n]"
+    return _phone_item("records", maker, rng, [line.rstrip(",") for line in lines], document)
+
+
+def table(maker: Maker, rng: random.Random) -> Item:
+    """One cell of a long Markdown table."""
+    lines = maker.fill(
+        (f"| {one.name} | {one.city} | {one.age} | {one.phone} |" for one in _people(rng)), maker.tokens - 80
     )
+    head = "| name | city | age | phone |\n|---|---|---|---|\n"
+    return _phone_item("table", maker, rng, lines, head + "\n".join(lines))
+
+
+def german(maker: Maker, rng: random.Random) -> Item:
+    """A fact and a question about it in German."""
+    lines = maker.fill(
+        (
+            f"{one.name} ist {one.age} Jahre alt, wohnt in {one.city} und hat die Telefonnummer {one.phone}."
+            for one in _people(rng)
+        ),
+        maker.tokens - 60,
+    )
+    question, instruction = "Welche Telefonnummer hat {}?", "Antworte kurz."
+    reply = "Die Telefonnummer von {} ist {}."
+    return _phone_item("german", maker, rng, lines, "\n".join(lines), question, instruction, reply)
+
+
+@dataclass(frozen=True)
+class _Person:
+    name: str
+    city: str
+    age: int
+    phone: str
+
+
+def _people(rng: random.Random) -> Iterator[_Person]:
+    names = [f"{first.title()} {last.title()}" for first in _KEYS for last in _KEYS]
+    rng.shuffle(names)
+    for name in names:
+        phone = f"{rng.randint(200, 999)}-{rng.randint(1000, 9999)}"
+        yield _Person(name, f"{rng.choice(_KEYS).title()}ville", rng.randint(18, 90), phone)
+
+
+def _phone_item(
+    task: str,
+    maker: Maker,
+    rng: random.Random,
+    lines: Sequence[str],
+    document: str,
+    question: str = "What is the phone number of {}?",
+    instruction: str = "Answer briefly.",
+    reply: str = "The phone number of {} is {}.",
+) -> Item:
+    """A question for the number that one of the lines, one person each, gives."""
+    chosen = rng.choice(lines)
+    name, phone = re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", chosen)[0], re.findall(r"\d{3}-\d{4}", chosen)[0]
+    prompt = maker.ask([document], question.format(name), instruction=instruction)
+    return Item(task, prompt, _reply(maker, reply.format(name, phone), phone), (phone,), (chosen,))
 
 
 # -- patterns ------------------------------------------------------------------------------------------
@@ -290,6 +335,8 @@ TASKS: dict[str, Task] = {
     "prose": prose,
     "summary": summary,
     "records": records,
+    "table": table,
+    "german": german,
     "rules": rules,
 }
 

@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lazyllm.errors import InputError
+from lazyllm.errors import InputError, unknown
+
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        InputError: when weights cannot have it.
+    """
+    if name not in DTYPES:
+        raise InputError(unknown("dtype", name, DTYPES))
+    return DTYPES[name]
 
 
 def load_model(
