@@ -31,7 +31,7 @@ TOKENS = 1500
 
 @pytest.fixture
 def tokenizer():
-    return word_tokenizer(WORDS)
+    return word_tokenizer([*WORDS, "?"])
 
 
 def text_of(item: Item) -> str:
@@ -65,7 +65,7 @@ def test_a_task_has_its_length_its_answer_and_its_evidence(tokenizer, name: str,
         whole = one.prompt if isinstance(one.prompt, str) else "".join(turn["content"] for turn in one.prompt)
         assert all(passage in whole for passage in one.evidence)
         assert not one.answers or one.is_right(one.reference)
-        if name in ("needle", "follow-up", "squad", "records", "table", "german"):
+        if name in ("needle", "follow-up", "later", "squad", "records", "table", "german"):
             assert any(one.is_right(passage) for passage in one.evidence)
 
 
@@ -124,6 +124,18 @@ def test_the_loss_is_that_of_the_reference_after_the_prompt(tokenizer):
         assert verdict.computed_fraction == 1.0
         expected_reply = pipe.generate(one.prompt, max_new_tokens=5, do_sample=False).token_ids
         assert verdict.reply == expected_reply[: len(verdict.reply)]
+
+
+def test_a_reply_goes_on_from_what_was_said(tokenizer):
+    one = item(said="w7 w8 w9", answers=("none",))
+    pipe = pipeline(tokenizer, cache="DenseCache")
+    whole = tokenizer(f"{one.prompt} {one.said}")["input_ids"]
+    expected = pipe.generate(whole, max_new_tokens=5, do_sample=False, eos_token_id=-1).token_ids
+    plain = judge(Contender(pipe, "dense"), Item("made", f"{one.prompt} {one.said}", one.reference, one.answers, (), 5))
+    for contender in (Contender(pipe, "dense"), Contender(pipe, STOCK, is_stock=True)):
+        verdict = judge(contender, one)
+        assert verdict.reply == expected
+        assert verdict.loss == pytest.approx(plain.loss, rel=1e-5)
 
 
 def test_a_second_turn_goes_on_where_the_first_one_stopped(tokenizer):
@@ -206,7 +218,7 @@ def test_the_figures_are_drawn(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", CURVES)
 def test_a_curve_computes_less_and_less(tokenizer, name: str):
-    one = replace(item(), prompt=" ".join(words(0, 240)))
+    one = replace(item(), prompt=" ".join(words(0, 230)) + "\n\nw1 w2 ?")
     points = curve_points(name)
     shares = [judge(Contender(LazyPipeline.from_config(config, tiny_model(), tokenizer), label), one).computed_fraction
               for label, config in points.items()]  # fmt: skip

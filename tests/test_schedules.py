@@ -61,12 +61,15 @@ weights = st.lists(st.integers(0, 9).map(float), min_size=1, max_size=12)
 shares = st.sampled_from([0.05, 0.25, 0.5, 0.75, 1.0])
 
 
-def kept_mass(values: list[float], share: float, floor: float = 0.0, ceiling: float = 1.0) -> set[int]:
+def kept_mass(
+    values: list[float], share: float, floor: float = 0.0, ceiling: float = 1.0, power: float = 1.0
+) -> set[int]:
     """By trying every size: the smallest set of best tokens with the share, within the bounds; later tokens first.
 
     The last token of the context is protected, `values` are those of the others.
     """
     context = len(values) + 1
+    values = [value**power for value in values]
     ranked = sorted(range(len(values)), key=lambda token: (values[token], token), reverse=True)
     smallest = next(
         size
@@ -78,11 +81,23 @@ def kept_mass(values: list[float], share: float, floor: float = 0.0, ceiling: fl
     return set(ranked[: min(max(smallest, least), most)])
 
 
-@given(weights, shares, st.sampled_from([0.0, 0.1, 0.3]), st.sampled_from([0.3, 0.6, 1.0]))
-def test_attention_mass_keeps_the_smallest_set_within_floor_and_ceiling(values, share, floor, ceiling):
-    schedule = AttentionMass(share=share, floor=floor, ceiling=ceiling)
+@given(
+    weights, shares, st.sampled_from([0.0, 0.1, 0.3]), st.sampled_from([0.3, 0.6, 1.0]), st.sampled_from([1, 1.5, 3])
+)
+def test_attention_mass_keeps_the_smallest_set_within_floor_and_ceiling(values, share, floor, ceiling, power):
+    schedule = AttentionMass(share=share, floor=floor, ceiling=ceiling, power=power)
     got = entering(Fixed(values=tuple(values)), schedule, len(values) + 1)
-    assert set(got) == kept_mass(values, share, floor, ceiling) | {len(values)}
+    assert set(got) == kept_mass(values, share, floor, ceiling, power) | {len(values)}
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
+def test_a_power_keeps_fewer_of_a_peaked_score_and_as_many_of_a_flat_one_at_any_scale(scale: float):
+    peaked, flat = (
+        Fixed(values=tuple(scale * value for value in values)) for values in ((4.0, *[1.0] * 18), (1.0,) * 19)
+    )
+    for power, counts in ((1.0, (9, 11)), (2.0, (3, 11)), (8.0, (2, 11))):
+        schedule = AttentionMass(share=0.5, power=power)
+        assert tuple(len(entering(scorer, schedule, 20)) for scorer in (peaked, flat)) == counts
 
 
 @given(weights, st.floats(0.01, 1))

@@ -136,6 +136,9 @@ def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None =
         ttft = time.perf_counter() - started
         if item.follow_up:
             logits, first = _second_turn(contender, model, cache, encoded, first, item)
+        if item.said:
+            logits = _say(model, cache, tokenizer(item.said, add_special_tokens=False)["input_ids"])
+            first = int(logits.argmax())
         reply = _greedy(model, copy.deepcopy(cache), first, tokenizer, item)
         forced = forced or reply
         loss = _forced_loss(model, cache, logits, forced)
@@ -211,13 +214,19 @@ def _cache(pipe: LazyPipeline, encoded: EncodedPrompt) -> LazyCache:
     return pipe.new_cache(marks=[encoded.marks])
 
 
+def _say(model: Any, cache: Any, tokens: Sequence[int]) -> Tensor:
+    """Feeds tokens, each in a step of its own as in decoding; the logits [n] behind the last."""
+    for token in tokens:
+        logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache).logits[0, -1]
+    return cast(Tensor, logits)
+
+
 def _forced_loss(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> float:
-    """Each token in a step of its own, as in decoding."""
     total = 0.0
     for index, token in enumerate(tokens):
         total -= float(logits.float().log_softmax(-1)[token])
         if index + 1 < len(tokens):
-            logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache).logits[0, -1]
+            logits = _say(model, cache, [token])
     return total / len(tokens)
 
 

@@ -37,6 +37,7 @@ class Item:
         evidence: passages of the prompt that the answer needs.
         new_tokens: how long a reply may be.
         follow_up: a question of a second turn on the same cache; reference and answers are then those of that turn.
+        said: how the reply begins, whoever writes it; reference and answers are those of what comes after.
     """
 
     task: str
@@ -46,6 +47,7 @@ class Item:
     evidence: tuple[str, ...] = ()
     new_tokens: int = 16
     follow_up: str = ""
+    said: str = ""
 
     def is_right(self, reply: str) -> bool:
         """Whether an accepted answer stands in the reply, whatever case and punctuation."""
@@ -122,6 +124,14 @@ def follow_up(maker: Maker, rng: random.Random) -> Item:
     keys, facts, document = _hidden_numbers(maker, rng)
     asked = f"What is the secret number of {keys[1]}? Answer briefly."
     return replace(_number_item("follow-up", maker, document, keys[0], keys[1], facts[1]), follow_up=asked)
+
+
+def later(maker: Maker, rng: random.Random) -> Item:
+    """Two of the four numbers; only the first is asked for, and the reply goes on to the second one."""
+    keys, facts, document = _hidden_numbers(maker, rng)
+    item = _number_item("later", maker, document, keys[0], keys[1], facts[1])
+    said = f"{facts[0]} The secret number of {keys[1]} is"
+    return replace(item, reference=f" {item.answers[0]}.", said=said if maker.chats else f" {said}")
 
 
 def _number_item(task: str, maker: Maker, document: list[str], asked: str, wanted: str, fact: str) -> Item:
@@ -328,6 +338,7 @@ def rules(maker: Maker, rng: random.Random) -> Item:
 TASKS: dict[str, Task] = {
     "needle": needle,
     "follow-up": follow_up,
+    "later": later,
     "squad": squad,
     "hotpot": hotpot,
     "labels": labels,

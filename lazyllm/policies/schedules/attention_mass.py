@@ -17,6 +17,7 @@ class MassKeep(Keep):
 
     share: float
     floor: float
+    power: float
     adapts: ClassVar[bool] = True
 
     def free_tokens(self, scores: Tensor, protected: int, context_tokens: int) -> int:
@@ -26,14 +27,16 @@ class MassKeep(Keep):
                 f"a share of the score needs scores that are not negative, got {float(scores.min()):.4g}; "
                 "use a fixed keep ratio with this scorer"
             )
-        mass = scores.double().sort(descending=True).values.cumsum(0)
+        ranked = scores.double().sort(descending=True).values
+        mass = (ranked / ranked[0].clamp(min=torch.finfo(ranked.dtype).tiny)).pow(self.power).cumsum(0)
         needed = int(torch.searchsorted(mass, self.share * float(mass[-1]) * (1 - 1e-12))) + 1
         least = tokens_of(self.floor, context_tokens) - protected if self.floor else 0
         most = self.limit(context_tokens) - protected
         return max(0, min(max(needed, least), most, scores.numel()))
 
     def __str__(self) -> str:
-        return f"{self.share:.4g} of the score, {self.floor:.4g} to {self.ratio:.4g} of the context"
+        score = "the score" if self.power == 1 else f"the score to the power {self.power:.4g}"
+        return f"{self.share:.4g} of {score}, {self.floor:.4g} to {self.ratio:.4g} of the context"
 
 
 class AttentionMass(Schedule):
@@ -47,12 +50,15 @@ class AttentionMass(Schedule):
         floor: at least this fraction of the context enters, in [0, ceiling].
         ceiling: at most this fraction, in (0, 1].
         start: the layer the cut stands before, a number or a fraction of the depth.
+        power: scores are raised to it before the share is taken, in (0, 8]. Above 1, fewer tokens are kept where some
+            score much higher than the rest, and as many as before where all score alike.
     """
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     ceiling: Annotated[float, Field(gt=0, le=1)] = 1.0
     start: Annotated[LayerIndex, AfterValidator(check_layer_index)] = 1
+    power: Annotated[float, Field(gt=0, le=8)] = 1.0
 
     @model_validator(mode="after")
     def _check_bounds(self) -> "AttentionMass":
@@ -62,5 +68,5 @@ class AttentionMass(Schedule):
 
     def cuts(self, layers: int, phase: Phase) -> dict[int, Keep]:
         """The one cut."""
-        keep = MassKeep(ratio=self.ceiling, share=self.share, floor=self.floor)
+        keep = MassKeep(ratio=self.ceiling, share=self.share, floor=self.floor, power=self.power)
         return {layer_number(self.start, layers, owner=self): keep}
