@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lazyllm.caches.row import PromptMarks
 from lazyllm.errors import InputError
 from lazyllm.policies.protect import Protect
-from lazyllm.policies.query import AUTO_TOKENS, Query, TokenRange
+from lazyllm.policies.query import AUTO_TOKENS, Query, TokenRange, Unit
 
 Message = Mapping[str, Any]
 Prompt = Any
@@ -23,6 +23,12 @@ Prompt = Any
 CharRange = tuple[int, int]
 
 BLANK_LINE = r"\n\s*\n"
+SEPARATORS: dict[Unit, str] = {
+    "line": r"\n+",
+    "sentence": r"(?<=[.?!])\s+|(?<=[\u3002\uff01\uff1f])\s*|\n+",
+    "paragraph": BLANK_LINE,
+}
+"""What stands between the units of a text."""
 QUESTION_MARKS = ("?", "\uff1f", "\u061f")
 """The Latin, the full-width and the Arabic one."""
 LONGEST_QUESTION = 400
@@ -99,7 +105,8 @@ def encode(
     protected = [_range("protected", span, known) for span in protect.spans]
     if protect.system:
         protected += [tokens for chars in known.system if (tokens := known.tokens(chars)) is not None]
-    return EncodedPrompt(known.token_ids, PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known)))
+    marks = PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known), _starts(known))
+    return EncodedPrompt(known.token_ids, marks)
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> PreTrainedTokenizerBase:
@@ -181,6 +188,19 @@ def _asking(text: str, user: CharRange | None) -> list[CharRange]:
     last = _pieces(text, BLANK_LINE)[-1]
     asks = last[1] - last[0] <= LONGEST_QUESTION and any(mark in text[slice(*last)] for mark in QUESTION_MARKS)
     return sorted({*lone_questions(text), *([last] if asks else [])})
+
+
+def _starts(known: _Text) -> dict[Unit, tuple[int, ...]]:
+    """First tokens of the text's lines, sentences and paragraphs."""
+    if known.text is None or not known.offsets:
+        return {}
+    stops = torch.tensor([stop for _, stop in known.offsets]).cummax(0).values
+    starts: dict[Unit, tuple[int, ...]] = {}
+    for unit, separator in SEPARATORS.items():
+        places = torch.tensor([0, *(match.end() for match in re.finditer(separator, known.text))])
+        tokens = torch.searchsorted(stops, places, right=True).unique()
+        starts[unit] = tuple(tokens[tokens < len(stops)].tolist())
+    return starts
 
 
 def find_questions(text: str) -> list[CharRange]:

@@ -23,7 +23,6 @@ from lazyllm import (
     LexicalOverlap,
     PolicyError,
     Pooled,
-    PromptMarks,
     Protect,
     Random,
     ScoreContext,
@@ -573,8 +572,43 @@ def test_a_prompt_with_a_named_query_asks(pipe, query):
 
 def test_a_prompt_asks_whatever_the_scorer_reads():
     made = LazyPipeline(tiny_model(), word_tokenizer([*WORDS, "?"]), scorer=Random())
-    assert made.encode(f"{TEXT}\n\n{RARE} ?").marks == PromptMarks(asked=True)
-    assert made.encode(TEXT).marks == PromptMarks()
+    asks, plain = made.encode(f"{TEXT}\n\n{RARE} ?").marks, made.encode(TEXT).marks
+    assert (asks.asked, asks.query) == (True, ())
+    assert (plain.asked, plain.query) == (False, ())
+
+
+# -- units of the text ----------------------------------------------------------------------------------
+
+UNITS = "w1 w2 .\nw3 w4 ? w5\n\nw6 w7 .\n"
+
+
+def test_lines_sentences_and_paragraphs_are_told_by_their_first_tokens(pipe):
+    assert pipe.encode(UNITS).marks.starts == {
+        "line": (0, 3, 7),
+        "sentence": (0, 3, 6, 7),
+        "paragraph": (0, 7),
+    }  # fmt: skip
+    assert pipe.encode([3, 4, 5]).marks.starts == {}
+
+
+@pytest.mark.parametrize(
+    ("unit", "kept"), [("line", {6, 7, 8, 9}), ("sentence", {8, 9}), ("paragraph", set(range(6, 12)))]
+)
+def test_units_stay_or_go_together(unit: str, kept: set[int]):
+    """With room for the unit that holds the rarest word of the query, and for the last token."""
+    trace = TokenTrace()
+    made = LazyPipeline(
+        tiny_model(), word_tokenizer([*WORDS, "?", "."]), scorer=Blockwise(LexicalOverlap(query="w9", pool=1), unit),
+        schedule=Constant((len(kept) + 1) / 15), cache=AuxCache(decode="reuse"), callbacks=[trace],
+    )  # fmt: skip
+    made.generate("w1 w2 .\nw3 w4 .\n\nw5 ? w9 .\nw6 .\n\nw7 w8 w9", **GREEDY)
+    assert set(trace.steps[0][1].rows[0].visible.tolist()) == kept | {14}
+
+
+def test_units_of_a_text_that_is_not_known_are_refused():
+    made = LazyPipeline(tiny_model(), scorer=Blockwise(Random(), "line"), schedule=Constant(0.5), cache=AuxCache())
+    with pytest.raises(InputError, match="blocks by line need a text prompt"):
+        made.generate(random_ids(1, 20)[0], **GREEDY)
 
 
 # -- bad input ------------------------------------------------------------------------------------------

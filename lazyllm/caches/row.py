@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from lazyllm.caches.ledger import Ledger
 from lazyllm.caches.memory import StateMemory
 from lazyllm.caches.policy import CachePolicy
-from lazyllm.policies.query import TokenRange
+from lazyllm.policies.query import TokenRange, Unit
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,14 @@ class PromptMarks:
         protected: token ranges (start, stop) that are never pruned.
         query: token ranges of the query; the last tokens where there is none.
         asked: whether the prompt asks something, by a question in its text or by a query that was named.
+        starts: by kind of unit ("line", "sentence", "paragraph"), the first token of each, ascending; empty where the
+            text is not known.
     """
 
     protected: tuple[TokenRange, ...] = ()
     query: tuple[TokenRange, ...] = ()
     asked: bool = False
+    starts: Mapping[Unit, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import importlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lazyllm.errors import ConfigError, unknown
 from lazyllm.models.attention import AttentionInputs
-from lazyllm.policies.query import Query
+from lazyllm.policies.query import Query, Unit
 
 if TYPE_CHECKING:
     from lazyllm.caches.memory import StateMemory
@@ -88,6 +88,7 @@ class ScoreContext:
         attention: the queries and keys the layer used; None before the first layer.
         memory: states after this layer of every token that has passed it, kept for scorers that set `needs_memory`.
         token_ids: [t] vocabulary ids of all tokens of the row; None when the model was given embeddings.
+        starts: by kind of unit, the first token of each line, sentence or paragraph; empty where the text is not known.
     """
 
     layer: int
@@ -100,6 +101,7 @@ class ScoreContext:
     attention: AttentionInputs | None
     memory: StateMemory | None = None
     token_ids: Tensor | None = None
+    starts: Mapping[Unit, Sequence[int]] = field(default_factory=dict)
 
     def states_of(self, tokens: Tensor) -> Tensor:
         """Hidden states [v, c] after this layer of any tokens [v] that have passed it, in this step or before."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from lazyllm.errors import InputError
 
 TokenRange = tuple[int, int]
+Unit = Literal["line", "sentence", "paragraph"]
+"""A kind of piece that a text is made of."""
 
 AUTO_TOKENS = 32
 """How many tokens at the end are the query where nothing more is known."""

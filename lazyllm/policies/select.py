@@ -121,6 +121,7 @@ class Selector:
             attention=attention,
             memory=row.memories.get(layer),
             token_ids=row.ledger.token_id if row.ledger.knows_ids else None,
+            starts=row.marks.starts,
         )
         scores = self._checked(self.scorer.score(context), tokens)
         kept = self._protected(step, index, tokens)
