@@ -304,6 +304,7 @@ def inspect_config(
     config: Annotated[str, typer.Argument(help="A preset's name, or the path of a configuration file.")],
     layers: Annotated[int, typer.Option(min=1, help="Number of layers of the model.")] = 32,
     context_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 4096,
+    asked: Annotated[bool, typer.Option("--asked", help="For a prompt that asks a question.")] = False,
 ) -> None:
     """Shows a configuration as YAML, and what it lets enter each layer in prefill."""
     policy = LazyConfig.preset(config)
@@ -311,7 +312,8 @@ def inspect_config(
         selector = Selector(policy.scorer, policy.schedule, policy.protect, layers)
     except ConfigError as error:
         raise ConfigError(f"{config} on {layers} layers: {error}") from None
-    cuts = selector.cuts(Phase(is_prefill=True, context_tokens=context_tokens)) if policy.cache.prunes else {}
+    phase = Phase(is_prefill=True, context_tokens=context_tokens, asked=asked)
+    cuts = selector.cuts(phase) if policy.cache.prunes else {}
     typer.echo(policy.to_yaml())
     table = Table("layer", "may enter, of the context")
     keep, bound = Keep(1.0), 0.0

@@ -200,6 +200,13 @@ def test_inspect_config_shows_what_a_prompt_of_a_length_gets(lazyllm, tmp_path, 
     assert ("0.25 of the score, 0 to 0.5 of the context" in out) == (tokens == 100)
 
 
+@pytest.mark.parametrize(("options", "work"), [([], ": 87.5% of dense"), (["--asked"], ": 62.5% of dense")])
+def test_inspect_config_shows_what_a_prompt_that_asks_gets(lazyllm, tmp_path, options: list[str], work: str):
+    schedule = {"name": "ByQuestion", "asked": "Constant(0.5)", "unasked": "Constant(0.5, start=3)"}
+    path = LazyConfig(schedule=schedule).save(tmp_path / "own.yaml")
+    assert work in lazyllm("inspect-config", path, "--layers", 4, *options).stdout
+
+
 BINARY = b"\x89PNG\r\n\x1a\n\xff\xfe"
 
 
