@@ -183,9 +183,7 @@ class PositionStore(KeyValueStore):
 
     def append(self, tokens, keys, values):
         super().append(tokens, keys, values)
-        order = torch.argsort(self.tokens)
-        for buffer in (self._tokens, self._keys, self._values):
-            buffer.keep(order)
+        self.keep(torch.argsort(self.tokens))
 
 
 class PositionCache(AuxCache):

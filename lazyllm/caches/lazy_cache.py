@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lazyllm.caches.policy import CachePolicy
-from lazyllm.caches.row import PromptMarks, Row, RowMark
+from lazyllm.caches.row import PromptMarks, Row, RowMark, token_counts
 from lazyllm.errors import CacheError, InputError
 
 
@@ -207,40 +207,42 @@ class LazyCache(Cache):
 
 
 class LayerView:
-    """What one layer sees of the cache during one step; the only writer of K/V.
-
-    Attributes:
-        attended: by row, the tokens whose K/V `update` returns, in storage order.
-    """
+    """What one layer sees of the cache during one step; the only writer of K/V."""
 
     def __init__(self, cache: LazyCache, layer: int, todo: list[Tensor], visible: list[Tensor]) -> None:
-        self.cache, self.layer, self.todo = cache, layer, todo
-        self.attended = [self._attended(row, *tokens) for row, *tokens in zip(cache.rows, todo, visible, strict=True)]
+        self.cache, self.todo, self._visible = cache, todo, visible
+        self._stores = [row.stores[layer] for row in cache.rows]
+        self._held = [len(store) for store in self._stores]
+        self._attends_all = [self._is_all(*row) for row in zip(self._held, todo, visible, strict=True)]
 
-    def _attended(self, row: Row, todo: Tensor, visible: Tensor) -> Tensor:
-        store = row.stores[self.layer]
-        everything = len(store) + todo.numel()
-        if todo.numel() and (self.cache.policy.attend == "cached" or visible.numel() == everything):
-            return torch.cat([store.tokens, todo]) if len(store) else todo
-        return visible
+    def _is_all(self, held: int, todo: Tensor, visible: Tensor) -> bool:
+        return bool(todo.numel()) and (self.cache.policy.attend == "cached" or visible.numel() == held + todo.numel())
+
+    def attended_tokens(self, row: int) -> int:
+        """How many tokens of a row `update` returns."""
+        return self._held[row] + self.todo[row].numel() if self._attends_all[row] else self._visible[row].numel()
+
+    def attended(self, row: int) -> Tensor:
+        """The tokens [k] of a row whose K/V `update` returns, in storage order."""
+        if not self._attends_all[row]:
+            return self._visible[row]
+        if not self._held[row]:
+            return self.todo[row]
+        tokens = self._stores[row].tokens
+        return tokens if len(tokens) > self._held[row] else torch.cat([tokens, self.todo[row]])
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores keys and values [1, g, t, d] of the packed todo; returns those attended [1, g, k, d]."""
         parts: list[tuple[Tensor, Tensor]] = []
-        start = 0
-        for row, todo, attended in zip(self.cache.rows, self.todo, self.attended, strict=True):
+        new = zip(*(packed[0].split(token_counts(self.todo), dim=1) for packed in (keys, values)), strict=True)
+        for row, (store, todo, pair) in enumerate(zip(self._stores, self.todo, new, strict=True)):
             if not todo.numel():
                 continue
-            store = row.stores[self.layer]
-            span = slice(start, start := start + todo.numel())
-            new = keys[0, :, span], values[0, :, span]
-            store.append(todo, *new)
-            if attended is todo:
-                parts.append(new)
-            elif attended.numel() == len(store):
-                parts.append(store.read())
+            store.append(todo, *pair)
+            if not self._attends_all[row]:
+                parts.append(store.gather(self._visible[row]))
             else:
-                parts.append(store.gather(attended))
+                parts.append(store.read() if self._held[row] else pair)
         if len(parts) == 1:
             return parts[0][0][None], parts[0][1][None]
         key_parts, value_parts = zip(*parts, strict=True)

@@ -22,6 +22,7 @@ class Ledger:
         self.layers = layers
         self.at_depth = [0] * (layers + 1)
         self.knows_ids = True
+        self._running: tuple[Tensor, int] | None = None
         self._depth, self._position, self._column, self._token_id = (GrowingBuffer(0) for _ in range(4))
         empty = torch.empty(0, dtype=torch.long)
         for buffer in self._buffers:
@@ -37,7 +38,11 @@ class Ledger:
     @property
     def depth(self) -> Tensor:
         """[t] number of layers that have computed each token."""
-        return self._depth.read()
+        depth = self._depth.read()
+        if self._running is not None:
+            (tokens, layers), self._running = self._running, None
+            depth[tokens] = layers
+        return depth
 
     @property
     def position(self) -> Tensor:
@@ -57,6 +62,7 @@ class Ledger:
     def append(self, position: Tensor, column: Tensor, token_id: Tensor | None = None) -> Tensor:
         """Adds tokens of depth 0 and returns their indices [t]."""
         start, added = len(self), position.numel()
+        _ = self.depth
         self._depth.append(torch.zeros(added, dtype=torch.long))
         self._position.append(position)
         self._column.append(column)
@@ -70,13 +76,19 @@ class Ledger:
         return tokens[self.depth[tokens] == layer]
 
     def advance(self, tokens: Tensor, layer: int) -> None:
-        """Notes that `layer` has computed `tokens`, all of which were waiting for it."""
-        self.depth[tokens] = layer + 1
+        """Notes that `layer` has computed `tokens`, all of which were waiting for it.
+
+        The depth of tokens that go from layer to layer together is written when it is next asked for.
+        """
+        if self._running is not None and self._running[0] is not tokens:
+            _ = self.depth
+        self._running = tokens, layer + 1
         self.at_depth[layer] -= tokens.numel()
         self.at_depth[layer + 1] += tokens.numel()
 
     def restore(self, depth: Tensor) -> None:
         """Goes back to an earlier `depth` [t], forgetting the tokens that came later."""
+        self._running = None
         for buffer in self._buffers:
             buffer.truncate(depth.numel())
         self.depth.copy_(depth)
@@ -85,6 +97,7 @@ class Ledger:
 
     def copy(self) -> "Ledger":
         """An independent copy."""
+        _ = self.depth
         twin = Ledger(self.layers)
         twin._depth, twin._position, twin._column, twin._token_id = (buffer.copy() for buffer in self._buffers)
         twin.at_depth, twin.knows_ids = list(self.at_depth), self.knows_ids

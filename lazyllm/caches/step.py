@@ -69,6 +69,7 @@ class Step:
         rows: the cache's rows.
         new: by row, the tokens this call brought.
         flight: by row, the tokens computed by the latest layer, ascending; before the first, `new`.
+        reached: how many layers have computed the tokens in flight.
         states: [1, t, c] their hidden states, packed.
         is_prefill: whether the call brings more than one column, or the first.
         selects: whether tokens are chosen anew in this step.
@@ -95,6 +96,8 @@ class Step:
         self.states = self._pack(hidden)
         self.new = self._append(self._row_positions(position_ids), token_ids)
         self.flight = self.new
+        self.reached = 0
+        self._visible: list[Tensor] | None = None
         self.selects = self._selects()
         self.most_revived = None if self.is_prefill else cache.policy.most_revived
 
@@ -161,6 +164,9 @@ class Step:
 
     def todo(self, visible: list[Tensor], layer: int) -> list[Tensor]:
         """By row, the visible tokens whose next layer is `layer` (law 2)."""
+        unchanged, self._visible = visible is self._visible, visible
+        if unchanged and not any(self.any_stopped(row, layer) for row in range(len(self.rows))):
+            return self.flight
         ready = [row.ledger.ready(tokens, layer) for row, tokens in zip(self.rows, visible, strict=True)]
         return self.flight if same_tokens(ready, self.flight) else ready
 
@@ -193,18 +199,29 @@ class Step:
         merged[revived.to(states.device)] = self.rows[row].frontier.read(todo[revived]).to(states)
         return merged
 
+    def any_stopped(self, row: int, layer: int) -> bool:
+        """Whether tokens of a row stopped just before `layer` in an earlier step."""
+        in_flight = self.flight[row].numel() if self.reached == layer else 0
+        return self.rows[row].ledger.at_depth[layer] > in_flight
+
     def stopped(self, row: int, layer: int, tokens: Tensor) -> Tensor:
-        """Which of `tokens` [v] stopped before `layer` in an earlier step, booleans [v]."""
-        ledger, flight = self.rows[row].ledger, self.flight[row]
-        in_flight = flight.numel() if flight.numel() and int(ledger.depth[flight[0]]) == layer else 0
-        if ledger.at_depth[layer] == in_flight:
+        """Which of `tokens` [v], none of which stopped earlier, stopped just before `layer` in an earlier step."""
+        if not self.any_stopped(row, layer):
             return torch.zeros(tokens.numel(), dtype=torch.bool)
-        return (ledger.depth[tokens] <= layer) & ~torch.isin(tokens, flight, assume_unique=True)
+        return (self.rows[row].ledger.depth[tokens] <= layer) & ~torch.isin(
+            tokens, self.flight[row], assume_unique=True
+        )
 
     def without_stopped(self, row: int, layer: int, tokens: Tensor) -> Tensor:
         """Leaves out the tokens that stopped before `layer` in an earlier step."""
-        stopped = self.stopped(row, layer, tokens)
-        return tokens[~stopped] if bool(stopped.any()) else tokens
+        if not self.any_stopped(row, layer):
+            return tokens
+        return tokens[~self.stopped(row, layer, tokens)]
+
+    def new_among(self, row: int, todo: Tensor) -> int:
+        """How many of the row's tokens to compute are new in this step."""
+        new = self.new[row]
+        return todo.numel() if todo is new or not new.numel() else int((todo >= new[0]).sum())
 
     def revived_tokens(self, row: int) -> int:
         """How many older tokens of a row this step has revived so far."""
@@ -222,6 +239,7 @@ class Step:
     def advance(self, layer: int, states: Tensor) -> None:
         """Takes the layer's output [1, t, c]: the tokens in flight are one layer deeper."""
         self.states = states
+        self.reached = layer + 1
         for row, tokens in zip(self.rows, self.flight, strict=True):
             row.ledger.advance(tokens, layer)
 

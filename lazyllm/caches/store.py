@@ -14,16 +14,18 @@ class KeyValueStore:
     """
 
     def __init__(self) -> None:
-        self._keys, self._values, self._tokens = GrowingBuffer(1), GrowingBuffer(1), GrowingBuffer(0)
-        self._tokens.append(torch.empty(0, dtype=torch.long))
+        self._keys, self._values = GrowingBuffer(1), GrowingBuffer(1)
+        self._tokens = [torch.empty(0, dtype=torch.long)]
 
     def __len__(self) -> int:
-        return self._tokens.length
+        return self._keys.length
 
     @property
     def tokens(self) -> Tensor:
-        """[s] which token each slot holds."""
-        return self._tokens.read()
+        """[s] which token each slot holds; joined when it is asked for, which not every step does."""
+        if len(self._tokens) > 1:
+            self._tokens = [torch.cat(self._tokens)]
+        return self._tokens[0]
 
     def append(self, tokens: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values [g, t, d] of `tokens` [t]."""
@@ -43,20 +45,27 @@ class KeyValueStore:
 
     def truncate(self, length: int) -> None:
         """Forgets the slots from `length` on."""
-        for buffer in (self._tokens, self._keys, self._values):
-            buffer.truncate(length)
+        if length < len(self):
+            self._tokens = [self.tokens[:length]]
+            self._keys.truncate(length)
+            self._values.truncate(length)
 
     def crop(self, tokens: int) -> None:
         """Forgets every token whose index is `tokens` or more."""
         slots = torch.nonzero(self.tokens < tokens).squeeze(-1)
         if slots.numel() < len(self):
-            for buffer in (self._tokens, self._keys, self._values):
-                buffer.keep(slots)
+            self.keep(slots)
+
+    def keep(self, slots: Tensor) -> None:
+        """Keeps only what is at `slots`, in that order."""
+        self._tokens = [self.tokens[slots]]
+        self._keys.keep(slots)
+        self._values.keep(slots)
 
     def copy(self) -> "KeyValueStore":
         """An independent copy."""
         twin = type(self)()
-        twin._keys, twin._values, twin._tokens = self._keys.copy(), self._values.copy(), self._tokens.copy()
+        twin._keys, twin._values, twin._tokens = self._keys.copy(), self._values.copy(), list(self._tokens)
         return twin
 
     @property

@@ -81,7 +81,7 @@ class RowPlan:
         queries: slice of the packed query axis.
         keys: slice of the packed key axis.
         query_tokens: [q] the tokens to compute, ascending.
-        key_tokens: [k] the tokens attended, in storage order.
+        read_key_tokens: gives the tokens [k] attended, in storage order.
         new_queries: how many of the last queries are the step's new tokens.
         positions: [t] position of every token of the row.
         mask: [1, 1, q, k] booleans, or None where the kernel's causal rule is right by itself.
@@ -91,7 +91,7 @@ class RowPlan:
     queries: slice
     keys: slice
     query_tokens: Tensor
-    key_tokens: Tensor
+    read_key_tokens: Callable[[], Tensor]
     new_queries: int
     positions: Tensor
     mask: Tensor | None
@@ -126,15 +126,17 @@ def planned_attention(
     plan.calls += 1
     outputs = []
     for row in plan.rows:
-        queries, keys, values = query[:, :, row.queries], key[:, :, row.keys], value[:, :, row.keys]
+        queries, keys, values = query, key, value
+        if len(plan.rows) > 1:
+            queries, keys, values = query[:, :, row.queries], key[:, :, row.keys], value[:, :, row.keys]
         if plan.capture:
-            new = row.new_queries
+            new, key_tokens = row.new_queries, row.read_key_tokens()
             plan.captured[row.row] = AttentionInputs(
                 queries=queries[0, :, queries.shape[2] - new :],
                 query_positions=row.positions[row.query_tokens[row.query_tokens.numel() - new :]],
                 keys=keys[0],
-                key_tokens=row.key_tokens,
-                key_positions=row.positions[row.key_tokens],
+                key_tokens=key_tokens,
+                key_positions=row.positions[key_tokens],
                 scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
                 softcap=kwargs.get("softcap"),
                 window=plan.window,

@@ -1,5 +1,6 @@
 """Masks, built only where a kernel's own causal rule would be wrong, and decided on positions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +36,13 @@ class RowMasks:
         self.device = device
         self._made: dict[tuple[int, int | None], tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def get(self, row: int, todo: Tensor, attended: Tensor, positions: Tensor, window: int | None) -> Tensor | None:
+    def get(
+        self, row: int, todo: Tensor, read_attended: Callable[[], Tensor], positions: Tensor, window: int | None
+    ) -> Tensor | None:
         """Mask [1, 1, q, k] for todo [q] over attended [k] tokens, None where the kernel needs none."""
-        if todo.numel() == 1 and window is None:
+        if todo.numel() == 1 and (window is None or positions.numel() <= window):
             return None
+        attended = read_attended()
         made = self._made.get((row, window))
         if made is not None and torch.equal(made[0], todo) and torch.equal(made[1], attended):
             return made[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -112,10 +113,10 @@ class LazyStack(nn.Module):
         window = self.contract.windows[layer]
         rows = []
         query = key = 0
-        for index, (todo, attended) in enumerate(zip(view.todo, view.attended, strict=True)):
+        for index, todo in enumerate(view.todo):
             if not todo.numel():
                 continue
-            queries, keys = slice(query, query + todo.numel()), slice(key, key + attended.numel())
+            queries, keys = slice(query, query + todo.numel()), slice(key, key + view.attended_tokens(index))
             query, key = queries.stop, keys.stop
             positions = step.rows[index].ledger.position
             rows.append(
@@ -124,8 +125,8 @@ class LazyStack(nn.Module):
                     queries=queries,
                     keys=keys,
                     query_tokens=todo,
-                    key_tokens=attended,
-                    new_queries=int((todo >= step.new[index][0]).sum()),
+                    read_key_tokens=(attended := partial(view.attended, index)),
+                    new_queries=step.new_among(index, todo),
                     positions=positions,
                     mask=masks.get(index, todo, attended, positions, window),
                 )
@@ -147,10 +148,10 @@ class LazyStack(nn.Module):
         if not self.callbacks:
             return
         rows = tuple(
-            RowTrace(visible=seen, computed=todo, attended=attended, first_new=len(row.ledger) - new.numel())
-            for row, seen, todo, attended, new in zip(
-                step.rows, visible, view.todo, view.attended, step.new, strict=True
+            RowTrace(
+                visible=seen, computed=todo, attended=view.attended(index), first_new=len(row.ledger) - new.numel()
             )
+            for index, (row, seen, todo, new) in enumerate(zip(step.rows, visible, view.todo, step.new, strict=True))
         )
         event = LayerEnd(layer=layer, layers=len(self.layers), is_prefill=step.is_prefill, rows=rows)
         for callback in self.callbacks:

@@ -56,6 +56,8 @@ class Selector:
     ) -> list[Tensor]:
         """By row, those of `visible` that enter the layer after `layer`."""
         revives = step.selects and step.cache.policy.revives
+        if not self._may_narrow(step, layer + 1, revives):
+            return visible
         states = step.states[0].split([tokens.numel() for tokens in step.flight])
         chosen = []
         for index, tokens in enumerate(visible):
@@ -67,6 +69,12 @@ class Selector:
                 tokens = self._top(step, index, layer, tokens, states[index], attention.get(index), keep)
             chosen.append(tokens)
         return chosen
+
+    def _may_narrow(self, step: Step, layer: int, revives: bool) -> bool:
+        """Whether fewer tokens may enter `layer` than the one before."""
+        if layer in self.cut_layers:
+            return True
+        return not revives and any(step.any_stopped(row, layer) for row in range(len(step.rows)))
 
     def _remember(self, step: Step, index: int, layer: int, states: Tensor) -> None:
         if self.scorer.needs_memory and layer + 1 in self.cut_layers and step.cache.policy.prunes:
@@ -82,7 +90,7 @@ class Selector:
         if keep is None:
             return None
         narrows = keep.adapts or tokens.numel() > keep.limit(context_tokens)
-        if not narrows and (step.most_revived is None or not step.stopped(index, layer, tokens).any()):
+        if not narrows and (step.most_revived is None or not step.any_stopped(index, layer)):
             return None
         return None if bool(self._protected(step, index, tokens).all()) else keep
 
