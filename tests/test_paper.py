@@ -75,7 +75,7 @@ def test_a_token_pruned_in_prefill_is_revived_two_steps_later_with_the_kv_it_wou
     entering = model.get_decoder().layers[2].input_layernorm(states[2][token])
     expected = attention.v_proj(entering).view(-1, attention.head_dim)
     slot = row.stores[2].tokens.tolist().index(token)
-    torch.testing.assert_close(row.stores[2].read()[1][:, slot], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(row.stores[2].read()[1][0, :, slot], expected, rtol=0, atol=1e-12)
 
 
 def test_every_step_starts_from_the_whole_context():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lazyllm.caches.policy import CachePolicy
-from lazyllm.caches.row import PromptMarks, Row, RowMark, token_counts
+from lazyllm.caches.row import PromptMarks, Row, RowMark
 from lazyllm.errors import CacheError, InputError
 
 
@@ -233,17 +233,17 @@ class LayerView:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores keys and values [1, g, t, d] of the packed todo; returns those attended [1, g, k, d]."""
-        parts: list[tuple[Tensor, Tensor]] = []
-        new = zip(*(packed[0].split(token_counts(self.todo), dim=1) for packed in (keys, values)), strict=True)
-        for row, (store, todo, pair) in enumerate(zip(self._stores, self.todo, new, strict=True)):
-            if not todo.numel():
-                continue
-            store.append(todo, *pair)
-            if not self._attends_all[row]:
-                parts.append(store.gather(self._visible[row]))
-            else:
-                parts.append(store.read() if self._held[row] else pair)
-        if len(parts) == 1:
-            return parts[0][0][None], parts[0][1][None]
-        key_parts, value_parts = zip(*parts, strict=True)
-        return torch.cat(key_parts, dim=1)[None], torch.cat(value_parts, dim=1)[None]
+        rows = [row for row, todo in enumerate(self.todo) if todo.numel()]
+        if len(rows) == 1:
+            return self._update_row(rows[0], keys, values)
+        counts = [self.todo[row].numel() for row in rows]
+        new = zip(rows, keys.split(counts, dim=2), values.split(counts, dim=2), strict=True)
+        key_parts, value_parts = zip(*(self._update_row(*row) for row in new), strict=True)
+        return torch.cat(key_parts, dim=2), torch.cat(value_parts, dim=2)
+
+    def _update_row(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        store = self._stores[row]
+        store.append(self.todo[row], keys, values)
+        if not self._attends_all[row]:
+            return store.gather(self._visible[row])
+        return store.read() if self._held[row] else (keys, values)

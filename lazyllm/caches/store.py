@@ -14,7 +14,7 @@ class KeyValueStore:
     """
 
     def __init__(self) -> None:
-        self._keys, self._values = GrowingBuffer(1), GrowingBuffer(1)
+        self._keys, self._values = GrowingBuffer(2), GrowingBuffer(2)
         self._tokens = [torch.empty(0, dtype=torch.long)]
 
     def __len__(self) -> int:
@@ -28,20 +28,20 @@ class KeyValueStore:
         return self._tokens[0]
 
     def append(self, tokens: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values [g, t, d] of `tokens` [t]."""
+        """Stores keys and values [1, g, t, d] of `tokens` [t]."""
         self._tokens.append(tokens)
         self._keys.append(keys)
         self._values.append(values)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [g, s, d] of all slots, without a copy."""
+        """Keys and values [1, g, s, d] of all slots, without a copy."""
         return self._keys.read(), self._values.read()
 
     def gather(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [g, v, d] of `tokens` [v], in that order."""
+        """Keys and values [1, g, v, d] of `tokens` [v], in that order."""
         keys, values = self.read()
         slots = locate(self.tokens, tokens).to(keys.device)
-        return keys.index_select(1, slots), values.index_select(1, slots)
+        return keys.index_select(2, slots), values.index_select(2, slots)
 
     def truncate(self, length: int) -> None:
         """Forgets the slots from `length` on."""
