@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyllm import AuxCache, Constant, LastTokenAttention, LazyPipeline, Random, ScoreContext, Scorer, Stages
+from lazyllm import AuxCache, Constant, LastTokenAttention, LazyPipeline, PerPhase, Random, ScoreContext, Scorer, Stages
 from lazyllm.caches.store import KeyValueStore
 from tests.histories import AUX_CACHES, CACHES, History, new_history, policies, scripts
 from tests.replay import replay
@@ -205,6 +205,17 @@ def test_law_8_storage_order_does_not_matter(data):
     )
     for ids, real in script:
         torch.testing.assert_close(compact.step(ids, real), ordered.step(ids, real), rtol=0, atol=1e-10, equal_nan=True)
+
+
+def test_law_8_holds_where_a_step_revives_everything():
+    schedule = PerPhase(prefill=Stages({1: 0.5}), decode=Constant(1.0))
+    compact, ordered = (
+        new_history(tiny_model(), scorer=LastTokenAttention(), schedule=schedule, cache=cache)
+        for cache in (AuxCache(), PositionCache())
+    )
+    for ids in (random_ids(1, 9), random_ids(1, 1), random_ids(1, 1, 3)):
+        torch.testing.assert_close(compact.step(ids), ordered.step(ids), rtol=0, atol=1e-10, equal_nan=True)
+    assert len(compact.steps[1][1].rows[0].revived) == 5
 
 
 def test_law_8_positions_given_by_the_caller_are_kept():

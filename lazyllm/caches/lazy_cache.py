@@ -223,13 +223,10 @@ class LayerView:
         return self._held[row] + self.todo[row].numel() if self._attends_all[row] else self._visible[row].numel()
 
     def attended(self, row: int) -> Tensor:
-        """The tokens [k] of a row whose K/V `update` returns, in storage order."""
+        """The tokens [k] of a row whose K/V `update` has returned, in that order."""
         if not self._attends_all[row]:
             return self._visible[row]
-        if not self._held[row]:
-            return self.todo[row]
-        tokens = self._stores[row].tokens
-        return tokens if len(tokens) > self._held[row] else torch.cat([tokens, self.todo[row]])
+        return self._stores[row].tokens if self._held[row] else self.todo[row]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores keys and values [1, g, t, d] of the packed todo; returns those attended [1, g, k, d]."""

@@ -84,7 +84,9 @@ class RowPlan:
         read_key_tokens: gives the tokens [k] attended, in storage order.
         new_queries: how many of the last queries are the step's new tokens.
         positions: [t] position of every token of the row.
-        mask: [1, 1, q, k] booleans, or None where the kernel's causal rule is right by itself.
+        read_mask: gives booleans [1, 1, q, k], or None where the kernel's causal rule is right by itself.
+
+    What is read is known only once the layer has put its keys into the cache: their order decides.
     """
 
     row: int
@@ -94,7 +96,7 @@ class RowPlan:
     read_key_tokens: Callable[[], Tensor]
     new_queries: int
     positions: Tensor
-    mask: Tensor | None
+    read_mask: Callable[[], Tensor | None]
 
 
 @dataclass
@@ -142,7 +144,7 @@ def planned_attention(
                 window=plan.window,
                 sinks=kwargs.get("s_aux"),
             )
-        kernel, mask = choose_kernel(plan.kernel, module, row.mask, queries)
+        kernel, mask = choose_kernel(plan.kernel, module, row.read_mask(), queries)
         outputs.append(kernel(module, queries, keys, values, mask, **kwargs)[0])
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 

@@ -165,7 +165,7 @@ def _try_layer(contract: DecoderContract, index: int) -> str | None:
     hidden = torch.zeros(1, 1, config.hidden_size, device=device, dtype=dtype)
     token, positions = torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long, device=device)
     whole = slice(0, 1)
-    row = RowPlan(0, whole, whole, token, read_key_tokens=lambda: token, new_queries=1, positions=token, mask=None)
+    row = RowPlan(0, whole, whole, token, lambda: token, new_queries=1, positions=token, read_mask=lambda: None)
     plan = AttentionPlan([row], contract.kernel, contract.windows[index], capture=True)
     view = _ProbeView()
     rope = contract.rope(hidden, positions)[contract.rope_types[index]]

@@ -128,7 +128,7 @@ class LazyStack(nn.Module):
                     read_key_tokens=(attended := partial(view.attended, index)),
                     new_queries=step.new_among(index, todo),
                     positions=positions,
-                    mask=masks.get(index, todo, attended, positions, window),
+                    read_mask=partial(masks.get, index, todo, attended, positions, window),
                 )
             )
         return AttentionPlan(
