@@ -38,11 +38,8 @@ class Ledger:
     @property
     def depth(self) -> Tensor:
         """[t] number of layers that have computed each token."""
-        depth = self._depth.read()
-        if self._running is not None:
-            (tokens, layers), self._running = self._running, None
-            depth[tokens] = layers
-        return depth
+        self._settle()
+        return self._depth.read()
 
     @property
     def position(self) -> Tensor:
@@ -61,8 +58,8 @@ class Ledger:
 
     def append(self, position: Tensor, column: Tensor, token_id: Tensor | None = None) -> Tensor:
         """Adds tokens of depth 0 and returns their indices [t]."""
+        self._settle()
         start, added = len(self), position.numel()
-        _ = self.depth
         self._depth.append(torch.zeros(added, dtype=torch.long))
         self._position.append(position)
         self._column.append(column)
@@ -81,10 +78,16 @@ class Ledger:
         The depth of tokens that go from layer to layer together is written when it is next asked for.
         """
         if self._running is not None and self._running[0] is not tokens:
-            _ = self.depth
+            self._settle()
         self._running = tokens, layer + 1
         self.at_depth[layer] -= tokens.numel()
         self.at_depth[layer + 1] += tokens.numel()
+
+    def _settle(self) -> None:
+        """Writes the depth of the tokens that went through the latest layers together."""
+        if self._running is not None:
+            (tokens, layers), self._running = self._running, None
+            self._depth.read()[tokens] = layers
 
     def restore(self, depth: Tensor) -> None:
         """Goes back to an earlier `depth` [t], forgetting the tokens that came later."""
@@ -97,7 +100,7 @@ class Ledger:
 
     def copy(self) -> "Ledger":
         """An independent copy."""
-        _ = self.depth
+        self._settle()
         twin = Ledger(self.layers)
         twin._depth, twin._position, twin._column, twin._token_id = (buffer.copy() for buffer in self._buffers)
         twin.at_depth, twin.knows_ids = list(self.at_depth), self.knows_ids

@@ -56,25 +56,26 @@ class Selector:
     ) -> list[Tensor]:
         """By row, those of `visible` that enter the layer after `layer`."""
         revives = step.selects and step.cache.policy.revives
-        if not self._may_narrow(step, layer + 1, revives):
+        bounded = not revives or step.most_revived is not None
+        if not self._may_narrow(step, layer + 1, bounded):
             return visible
         states = step.states[0].split([tokens.numel() for tokens in step.flight])
         chosen = []
         for index, tokens in enumerate(visible):
             self._remember(step, index, layer, states[index])
             keep = self._cut(step, index, layer + 1, tokens)
-            if not revives or (keep is None and step.most_revived is not None):
+            if not revives or (keep is None and bounded):
                 tokens = step.without_stopped(index, layer + 1, tokens)
             if keep is not None:
                 tokens = self._top(step, index, layer, tokens, states[index], attention.get(index), keep)
             chosen.append(tokens)
         return chosen
 
-    def _may_narrow(self, step: Step, layer: int, revives: bool) -> bool:
-        """Whether fewer tokens may enter `layer` than the one before."""
+    def _may_narrow(self, step: Step, layer: int, bounded: bool) -> bool:
+        """Whether fewer tokens may enter `layer` than the one before: at a cut, or where not all stopped ones go on."""
         if layer in self.cut_layers:
             return True
-        return not revives and any(step.any_stopped(row, layer) for row in range(len(step.rows)))
+        return bounded and any(step.any_stopped(row, layer) for row in range(len(step.rows)))
 
     def _remember(self, step: Step, index: int, layer: int, states: Tensor) -> None:
         if self.scorer.needs_memory and layer + 1 in self.cut_layers and step.cache.policy.prunes:
