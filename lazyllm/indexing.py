@@ -80,4 +80,6 @@ class GrowingBuffer:
     @property
     def used_bytes(self) -> int:
         """Bytes of the entries in use."""
-        return 0 if self._data is None else self.read().numel() * self._data.element_size()
+        if self._data is None:
+            return 0
+        return self._data.nbytes // self._data.shape[self.axis] * self.length

@@ -71,6 +71,7 @@ class Step:
         flight: by row, the tokens computed by the latest layer, ascending; before the first, `new`.
         reached: how many layers have computed the tokens in flight.
         states: [1, t, c] their hidden states, packed.
+        token_positions: by row, the position [t] of every token.
         is_prefill: whether the call brings more than one column, or the first.
         selects: whether tokens are chosen anew in this step.
         most_revived: how many older tokens of a row the step may revive, None = any number.
@@ -95,6 +96,7 @@ class Step:
         self._real = self._real_columns(padding)
         self.states = self._pack(hidden)
         self.new = self._append(self._row_positions(position_ids), token_ids)
+        self.token_positions = [row.ledger.position for row in self.rows]
         self.flight = self.new
         self.reached = 0
         self._visible: list[Tensor] | None = None
@@ -229,7 +231,7 @@ class Step:
 
     def positions(self) -> Tensor:
         """Positions [1, t] of the packed tokens in flight."""
-        parts = [row.ledger.position[tokens] for row, tokens in zip(self.rows, self.flight, strict=True)]
+        parts = [positions[tokens] for positions, tokens in zip(self.token_positions, self.flight, strict=True)]
         return torch.cat(parts)[None].to(self.states.device)
 
     def view(self, layer: int, visible: list[Tensor]) -> LayerView:

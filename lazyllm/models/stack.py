@@ -118,7 +118,7 @@ class LazyStack(nn.Module):
                 continue
             queries, keys = slice(query, query + todo.numel()), slice(key, key + view.attended_tokens(index))
             query, key = queries.stop, keys.stop
-            positions = step.rows[index].ledger.position
+            positions = step.token_positions[index]
             rows.append(
                 RowPlan(
                     row=index,
@@ -158,6 +158,8 @@ class LazyStack(nn.Module):
             callback.on_layer_end(event)
 
     def _tell_end(self, step: Step) -> None:
+        if not self.callbacks:
+            return
         event = StepEnd(
             is_prefill=step.is_prefill,
             context_tokens=tuple(len(row.ledger) for row in step.rows),
