@@ -104,7 +104,7 @@ def plot_kept(trace: TokenTrace, path: str | Path, *, marked: Sequence[tuple[int
     axes.set(xlabel="token of the prompt (marked above: the answer's sentence)", ylabel="layer")
     axes.set_title(f"Computed: {counts[0]:,} tokens at layer 0, {counts[-1]:,} of {tokens:,} at the last", pad=14)
     axes.plot([], [], color=LAZY, linewidth=5, label="computed")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left")
     return _save(figure, path)
 
 
