@@ -60,13 +60,12 @@ def run(
     out: Path,
     seed: int,
 ) -> None:
-    for dtype in dtypes:
-        dtype_named(dtype)
+    kinds = [dtype_named(dtype) for dtype in dtypes]
     source = model or str(packaged_model())
     reports = []
-    for dtype in dtypes:
+    for dtype, kind in zip(dtypes, kinds, strict=True):
         with console.status(f"loading {Path(source).name} in {dtype}"), quiet_loading():
-            network, tokenizer = load_model(source, dtype=dtype_named(dtype))
+            network, tokenizer = load_model(source, dtype=kind)
             network = network.to(device)
         text = long_text(tokenizer, max(lengths))
         with Progress(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,6 +68,15 @@ class _Text:
         """The tokens that touch `chars`, None when there is none."""
         return tokens_touching(chars, self.offsets)
 
+    def ranges(self, places: Sequence[CharRange]) -> tuple[TokenRange, ...]:
+        """The tokens that touch each of `places`, without those that have none."""
+        return tuple(tokens for chars in places if (tokens := self.tokens(chars)) is not None)
+
+    @cached_property
+    def asking(self) -> list[CharRange]:
+        """Which characters seem to ask something: in a chat, of the last user turn."""
+        return [] if self.text is None else _asking(self.text, self.user)
+
 
 def tokens_touching(chars: CharRange, offsets: Sequence[CharRange]) -> TokenRange | None:
     """Range of the tokens that touch `chars`, given each token's characters; None when there is none."""
@@ -104,7 +114,7 @@ def encode(
             raise InputError(f"the prompt {prompt!r} has no tokens; give at least one")
     protected = [_range("protected", span, known) for span in protect.spans]
     if protect.system:
-        protected += [tokens for chars in known.system if (tokens := known.tokens(chars)) is not None]
+        protected += known.ranges(known.system)
     marks = PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known), _starts(known))
     return EncodedPrompt(known.token_ids, marks)
 
@@ -166,27 +176,28 @@ def _query(query: Query | None, known: _Text) -> tuple[TokenRange, ...]:
         return (_range("query", query, known),)
     if known.text is None or not known.offsets:
         return ()
-    asking = _asking(known.text, known.user)
-    ranges = [tokens for chars in asking if (tokens := known.tokens(chars)) is not None]
-    ends_asking = known.user is not None or (asking and asking[-1][1] == len(known.text.rstrip()))
-    return tuple(ranges) if ends_asking else (*ranges, (max(0, length - AUTO_TOKENS), length))
+    ranges = known.ranges(known.asking)
+    ends_asking = known.user is not None or (known.asking and known.asking[-1][1] == len(known.text.rstrip()))
+    return ranges if ends_asking else (*ranges, (max(0, length - AUTO_TOKENS), length))
 
 
 def _is_asked(query: Query | None, known: _Text) -> bool:
     """Whether the query is named by its words or its place, or what the text seems to ask holds a question mark."""
     if isinstance(query, tuple) or (isinstance(query, str) and query != "auto"):
         return True
-    text = known.text or ""
-    return any(mark in text[slice(*chars)] for chars in _asking(text, known.user) for mark in QUESTION_MARKS)
+    return known.text is not None and any(_holds_mark(known.text[slice(*chars)]) for chars in known.asking)
+
+
+def _holds_mark(text: str) -> bool:
+    return any(mark in text for mark in QUESTION_MARKS)
 
 
 def _asking(text: str, user: CharRange | None) -> list[CharRange]:
-    """Which characters of a prompt seem to ask something: in a chat, of the last user turn."""
     if user is not None:
         start, stop = user
         return [(start + left, start + right) for left, right in find_questions(text[start:stop])]
     last = _pieces(text, BLANK_LINE)[-1]
-    asks = last[1] - last[0] <= LONGEST_QUESTION and any(mark in text[slice(*last)] for mark in QUESTION_MARKS)
+    asks = last[1] - last[0] <= LONGEST_QUESTION and _holds_mark(text[slice(*last)])
     return sorted({*lone_questions(text), *([last] if asks else [])})
 
 

@@ -241,6 +241,5 @@ def _greedy(model: Any, cache: Any, first: int, tokenizer: PreTrainedTokenizerBa
     while len(reply) < item.new_tokens and reply[-1] not in ends:
         if item.answers and item.is_right(str(tokenizer.decode(reply, skip_special_tokens=True))):
             break
-        step = torch.tensor([reply[-1:]], device=model.device)
-        reply.append(int(model(step, past_key_values=cache).logits[0, -1].argmax()))
+        reply.append(int(_say(model, cache, reply[-1:]).argmax()))
     return reply
