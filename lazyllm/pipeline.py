@@ -49,6 +49,7 @@ class LazyPipeline:
         schedule: fraction of the context that may enter each layer.
         cache: what happens to pruned tokens, and what is attended.
         protect: tokens that are never pruned.
+        chunk: most tokens a layer computes at once.
         callbacks: told about layers, steps and generations.
 
     Raises:
@@ -65,9 +66,10 @@ class LazyPipeline:
         schedule: Schedule | str | Mapping[str, Any] | None = None,
         cache: CachePolicy | str | Mapping[str, Any] | None = None,
         protect: Protect | Mapping[str, Any] | None = None,
+        chunk: int | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        given = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect}
+        given = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect, "chunk": chunk}
         self.config = LazyConfig(**{name: policy for name, policy in given.items() if policy is not None})
         self.tokenizer = tokenizer
         self.callbacks = tuple(callbacks)
@@ -91,15 +93,7 @@ class LazyPipeline:
     ) -> LazyPipeline:
         """A pipeline, or a recipe, from a configuration."""
         config = config if isinstance(config, LazyConfig) else LazyConfig(**config)
-        return cls(
-            model,
-            tokenizer,
-            scorer=config.scorer,
-            schedule=config.schedule,
-            cache=config.cache,
-            protect=config.protect,
-            callbacks=callbacks,
-        )
+        return cls(model, tokenizer, **dict(config), callbacks=callbacks)
 
     @classmethod
     def from_preset(
@@ -126,6 +120,7 @@ class LazyPipeline:
         schedule: Schedule | str | Mapping[str, Any] | None = None,
         cache: CachePolicy | str | Mapping[str, Any] | None = None,
         protect: Protect | Mapping[str, Any] | None = None,
+        chunk: int | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> LazyPipeline:
         """Loads a model and its tokenizer from a hub id, a folder or a GGUF file.
@@ -133,7 +128,7 @@ class LazyPipeline:
         Policies that are given replace those of the preset; without a preset the others are the paper's.
         """
         base = dict(LazyConfig.preset(preset)) if preset is not None else {}
-        own = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect}
+        own = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect, "chunk": chunk}
         policies = base | {name: policy for name, policy in own.items() if policy is not None}
         recipe = cls(**policies, callbacks=callbacks)
         return recipe.bind(*load_model(path_or_id, gguf_file=gguf_file, dtype=dtype, device_map=device_map))
@@ -174,7 +169,8 @@ class LazyPipeline:
         Raises:
             AttachError: when the model is attached already.
         """
-        with attached(self.model, self._selector, (*self.callbacks, *callbacks), missing=missing):
+        everyone = (*self.callbacks, *callbacks)
+        with attached(self.model, self._selector, everyone, missing=missing, chunk=self.config.chunk):
             yield self.model
 
     def generate(
