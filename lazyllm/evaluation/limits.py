@@ -108,7 +108,7 @@ class Setup:
         threads = torch.get_num_threads()
         presets = [f"`{name}`" for name in configs if name in preset_names()]
         others = [f"{name}: `{config.schedule}`" for name, config in configs.items() if name not in preset_names()]
-        schedules = "; ".join([*others, f"{', '.join(presets)}: those of the presets"])
+        schedules = "; ".join([*others, *([f"{', '.join(presets)} as shipped"] if presets else [])])
         return (
             f"{self.name}, {environment(self.model)['layers']} layers, {tokens}, {self.dtype}, {self.model.device}, "
             f"{threads} thread{'s' * (threads != 1)}; baseline {baseline}; {measured}; `{self.command}`. "
