@@ -33,7 +33,7 @@ from lazyllm.policies.base import Schedule, Scorer
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
-from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
+from lazyllm.prompts import EncodedPrompt, Prompt, encode, end_token_ids, is_batch, pad_left
 from lazyllm.result import GenerationResult, GenerationStats, StepRecorder, make_stats
 
 
@@ -264,14 +264,9 @@ class LazyPipeline:
                 )
 
     def _pad_token_id(self, options: Mapping[str, Any]) -> int:
-        ends = self._end_token_ids(options)
+        ends = end_token_ids(self.model, options)
         candidates = [options.get("pad_token_id"), getattr(self.model.generation_config, "pad_token_id", None), *ends]
         return next((token for token in candidates if token is not None), 0)
-
-    def _end_token_ids(self, options: Mapping[str, Any]) -> list[int]:
-        config = options.get("generation_config") or self.model.generation_config
-        ends = options.get("eos_token_id", config.eos_token_id)
-        return [] if ends is None else [int(end) for end in torch.as_tensor(ends).flatten()]
 
     def _results(
         self,
@@ -290,7 +285,7 @@ class LazyPipeline:
         results = []
         for index, sequence in enumerate(sequences.tolist()):
             prompt = index // each
-            new = _until_end(sequence[width:], self._end_token_ids(options))
+            new = _until_end(sequence[width:], end_token_ids(self.model, options))
             per_prompt = len(recorder.steps[0]) // len(prompts)
             rows = range(prompt * per_prompt, (prompt + 1) * per_prompt)
             stats = make_stats(

@@ -78,15 +78,15 @@ def test_the_unmodified_model_replies_as_the_dense_preset_does(model):
 
 
 def test_every_round_runs_everyone_and_the_first_one_does_not_count(model):
-    class Noting(bench.Contender):
-        def run(self, token_ids, new_tokens):
+    class Noting(bench.TimedRun):
+        def run(self, work):
             ran.append(self.name)
-            return 1.0, None
+            return bench.Timing(1.0)
 
     ran, rounds = [], []
-    field = [Noting(name, is_stock=True) for name in "abc"]
+    field = [Noting(name, model, is_stock=True) for name in "abc"]
     timings = bench.run_rounds(
-        field, IDS, 3, 1, random.Random(0), lambda length, number: rounds.append((length, number))
+        field, bench.Workload([IDS], 1), 3, random.Random(0), lambda length, number: rounds.append((length, number))
     )
     assert [sorted(ran[start : start + 3]) for start in range(0, 12, 3)] == [["a", "b", "c"]] * 4
     assert len({tuple(ran[start : start + 3]) for start in range(0, 12, 3)}) > 1

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lazyllm.callbacks import TokenTrace
     from lazyllm.evaluation.bench import BenchReport
     from lazyllm.evaluation.compare import Line
+    from lazyllm.evaluation.limits import Entry
+    from lazyllm.evaluation.memory import ReplySize
     from lazyllm.result import GenerationStats
 
 BANDS = 4
@@ -105,6 +107,49 @@ def plot_kept(trace: TokenTrace, path: str | Path, *, marked: Sequence[tuple[int
     axes.set_title(f"Computed: {counts[0]:,} tokens at layer 0, {counts[-1]:,} of {tokens:,} at the last", pad=14)
     axes.plot([], [], color=LAZY, linewidth=5, label="computed")
     axes.legend(loc="lower left")
+    return _save(figure, path)
+
+
+def plot_growth(entries: Sequence[Entry], path: str | Path) -> Path:
+    """Time per prompt token, median and range, over the prompt's length; one panel per dtype."""
+    dtypes = list(dict.fromkeys(entry.dtype for entry in entries))
+    names = list(dict.fromkeys(entry.run for entry in entries))
+    path, figure = _new_figure(path, (6.2 * len(dtypes), 4))
+    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
+        for index, name in enumerate(names):
+            points = [entry for entry in entries if (entry.dtype, entry.run) == (dtype, name)]
+            _draw_growth(axes, name, sorted(points, key=lambda entry: entry.prompt_tokens), f"C{index}")
+        lengths = sorted({entry.prompt_tokens for entry in entries if entry.dtype == dtype})
+        axes.set(title=dtype, xlabel="tokens of the prompt", ylabel="ms per prompt token", xscale="log")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+        axes.legend(loc="best")
+    return _save(figure, path)
+
+
+def _draw_growth(axes: Any, name: str, points: Sequence[Entry], colour: str) -> None:
+    spreads = [entry.milliseconds_per_prompt_token for entry in points]
+    middles = [spread.median for spread in spreads]
+    reach = [
+        [spread.median - spread.minimum for spread in spreads],
+        [spread.maximum - spread.median for spread in spreads],
+    ]
+    lengths = [entry.prompt_tokens for entry in points]
+    axes.errorbar(
+        lengths, middles, yerr=reach, fmt="o-", markersize=4, linewidth=1.4, color=colour, capsize=2, label=name
+    )
+
+
+def plot_reply_sizes(sizes: Sequence[ReplySize], path: str | Path) -> Path:
+    """What a cache has grown by during a reply: K/V of the reply's own tokens, and of revived ones."""
+    path, figure = _new_figure(path, (6.2, 4))
+    axes = figure.subplots()
+    tokens = [0, *(size.reply_tokens for size in sizes)]
+    new, revived = ([0.0, *(getattr(size, name) / 1e6 for size in sizes)] for name in ("new_bytes", "revived_bytes"))
+    axes.stackplot(tokens, new, revived, colors=(DENSE, LAZY), labels=("K/V of the reply", "K/V of revived tokens"))
+    axes.set(xlabel="tokens of the reply", ylabel="MB more than after the prefill", xlim=(0, tokens[-1]))
+    axes.legend(loc="upper left")
     return _save(figure, path)
 
 
