@@ -215,7 +215,9 @@ def entering_tokens(
     config: LazyConfig, layers: int, tokens: int, *, asked: bool = True, kept: Mapping[int, float] | None = None
 ) -> tuple[int, ...]:
     """By layer, how many tokens of a prompt enter it; the arguments are those of `predict`."""
-    return _flow(_selector(config, layers), config, layers, Phase(True, tokens, asked), _check_kept(kept or {})).entering
+    return _flow(
+        _selector(config, layers), config, layers, Phase(True, tokens, asked), _check_kept(kept or {})
+    ).entering
 
 
 def _check_kept(kept: Mapping[int, float]) -> dict[int, float]:
