@@ -37,9 +37,9 @@ REUSE = AuxCache(decode="reuse")
 RUNS = {
     "dense": LazyConfig.preset("dense"),
     "static-pruning": LazyConfig.preset("static-pruning"),
-    "Stages": LazyConfig(scorer=LastTokenAttention(), schedule=Stages(PAPER_STAGES), cache=REUSE),
-    "Constant(0.3)": LazyConfig(scorer=LastTokenAttention(), schedule=Constant(0.3), cache=REUSE),
-    "Constant(0.3), late interaction": LazyConfig(scorer=LateInteraction(), schedule=Constant(0.3), cache=REUSE),
+    "Stages": LazyConfig(scorer=LastTokenAttention(), schedule=Stages(stages=PAPER_STAGES), cache=REUSE),
+    "Constant(0.3)": LazyConfig(scorer=LastTokenAttention(), schedule=Constant(keep=0.3), cache=REUSE),
+    "Constant(0.3), late interaction": LazyConfig(scorer=LateInteraction(), schedule=Constant(keep=0.3), cache=REUSE),
 }
 
 console = Console(width=None if Console().is_terminal else 140)

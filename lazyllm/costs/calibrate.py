@@ -30,7 +30,7 @@ READ_WIDTH = 8192
 RANKED_TOKENS = 1 << 15
 TINY_LAYERS = (2, 10)
 TINY_TOKENS = 32
-TINY_CUTS = Stages({2: 0.8, 4: 0.6, 6: 0.4, 8: 0.2})
+TINY_CUTS = Stages(stages={2: 0.8, 4: 0.6, 6: 0.4, 8: 0.2})
 
 
 def calibrate(

@@ -236,11 +236,11 @@ def _check_kept(kept: Mapping[int, float]) -> dict[int, float]:
 
 
 def _check_group(shape: ModelShape, device: Device, parallel: int) -> None:
-    if parallel < 1 or shape.kv_heads % parallel or shape.heads % parallel or shape.intermediate % parallel:
+    if parallel < 1 or not _divides(shape, parallel):
         allowed = [count for count in range(1, shape.kv_heads + 1) if _divides(shape, count)]
         raise InputError(
-            f"{parallel} devices cannot share {shape.kv_heads} key and value heads evenly; "
-            f"allowed: {', '.join(map(str, allowed))}"
+            f"{parallel} devices cannot share {shape.heads} query heads, {shape.kv_heads} key and value heads and an "
+            f"MLP of {shape.intermediate} evenly; allowed: {', '.join(map(str, allowed))}"
         )
     if parallel > 1 and device.link_bytes_per_second is None:
         raise InputError(f"the device {device.name!r} has no link to others, so {parallel} of them cannot share layers")

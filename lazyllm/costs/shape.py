@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, NamedTuple
@@ -113,8 +114,8 @@ class ModelShape(Value):
     def _check_layers(self, config: Any) -> None:
         expected = sum(matrix.active for matrix in self.matrices)
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            layers = AutoModelForCausalLM.from_config(config).get_decoder().layers
-        for index, layer in enumerate(layers):
+            model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="eager")
+        for index, layer in enumerate(model.get_decoder().layers):
             if (found := active_weights(layer, config)) != expected:
                 raise UnsupportedModelError(
                     f"a token meets {found:,} weights in layer {index} of this {config.model_type}, and "
