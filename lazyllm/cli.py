@@ -32,6 +32,7 @@ from lazyllm.result import GenerationResult
 
 try:
     import typer
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -420,9 +421,9 @@ def _predictions(predictions: Sequence[Prediction]) -> Table:
     """Each length as two rows."""
     first = predictions[0]
     group = f"{first.parallel} x {first.device}" if first.parallel > 1 else first.device
-    table = Table("prompt", "run", title=f"predicted on {group}")
-    for column in ("TTFT (s)", "speedup", "ms/token", "K/V (GB)", "aux (GB)", "device (GB)", "fits"):
-        table.add_column(column, justify="right")
+    table = Table("prompt", "run", title=f"predicted on {group}", box=SIMPLE, collapse_padding=True)
+    for column in ("TTFT s", "speedup", "ms/token", "K/V GB", "aux GB", "all GB", "fits"):
+        table.add_column(column, justify="right", no_wrap=True)
     for prediction in predictions:
         table.add_row(f"{prediction.tokens:,}", "dense", *_costs(prediction.dense, 1.0))
         table.add_row("", "pruned", *_costs(prediction.pruned, prediction.speedup), end_section=True)
@@ -431,10 +432,10 @@ def _predictions(predictions: Sequence[Prediction]) -> Table:
 
 def _costs(cost: Cost, speedup: float) -> tuple[str, ...]:
     return (
-        f"{cost.ttft_seconds:.3f}",
+        f"{cost.ttft_seconds:,.3f}",
         f"{speedup:.2f}x",
         f"{1000 * cost.seconds_per_output_token:.1f}",
-        *(f"{size / 1e9:.2f}" for size in (cost.kv_bytes, cost.aux_bytes, cost.device_bytes)),
+        *(f"{size / 1e9:.1f}" for size in (cost.kv_bytes, cost.aux_bytes, cost.device_bytes)),
         "yes" if cost.fits else "no",
     )
 

@@ -1,6 +1,8 @@
 """The cost model against what runs on tiny models count, exactly; its times against laws. Nothing is timed here."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -512,6 +514,15 @@ def test_a_file_that_is_no_device_is_refused(tmp_path):
     path.write_text('{"name": "own"}')
     with pytest.raises(InputError, match=r"own\.json.*is no device file"):
         Device.load(path)
+
+
+def test_the_page_shows_what_is_predicted_now(monkeypatch):
+    docs = Path(__file__).parents[1] / "docs"
+    monkeypatch.syspath_prepend(docs / "figures")
+    script = importlib.import_module("make_predict")
+    shown = (docs / "predict.md").read_text(encoding="utf-8").splitlines()
+    for row in (*script.dense_rows(), *script.pruned_rows()):
+        assert row in shown
 
 
 # -- command line --------------------------------------------------------------------------------------
