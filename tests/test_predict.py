@@ -60,6 +60,7 @@ POLICIES = {
     "stages": LazyConfig(scorer=LastTokenAttention(), schedule=Stages({1: 0.6, 3: 0.3})),
     "protected": LazyConfig(schedule=Constant(0.1, start=2), protect=Protect(sinks=7, recent=11)),
     "before layer 0": LazyConfig(scorer=Random(), schedule=Constant(0.5, start=0), cache=DropCache()),
+    "waiting as embeddings": LazyConfig(scorer=Random(), schedule=Constant(0.5, start=0)),
     "line": LazyConfig(scorer=WindowAttention(window=4), schedule=Linear(0.9, 0.2), cache=AuxCache(decode="reuse")),
     "states": LazyConfig(scorer=LateInteraction(query=5), schedule=Stages({1: 0.7, 2: 0.4})),
     "query is protected": LazyConfig(scorer=LateInteraction(), schedule=Constant(0.2)),
@@ -404,6 +405,15 @@ def test_the_group_exchanges_two_sums_per_layer():
     device = flat_device(**LINKED, link_seconds=0.5)
     links = predict(SMALL, POLICIES["dense"], device, tokens=1000, parallel=4).dense.prefill.links
     assert links == pytest.approx(8 * 2 * (0.5 + 2 * 3 / 4 * 1000 * 64 * 8 / 1e9))
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_device_holds_its_share_of_weights_and_cache_and_the_widest_moment(parallel: int):
+    config = POLICIES["stages"]
+    cost = predict(SMALL, config, flat_device(**LINKED), tokens=1000, parallel=parallel).pruned
+    widest = 8 * 1000 * (2 * 64 + 3 * 128 / parallel)
+    assert cost.aux_bytes == 8 * 64 * 700
+    assert cost.device_bytes == (8 * SMALL.weights + cost.kv_bytes) / parallel + cost.aux_bytes + widest
 
 
 def test_what_does_not_fit_is_said():
