@@ -50,7 +50,14 @@ SMALL = ModelShape(layers=8, hidden=64, intermediate=128, heads=4, kv_heads=4, h
 def flat_device(**numbers) -> Device:
     """Float64, the same rate at every size, nothing but the work; numbers may be replaced."""
     rate = Rate.flat(1e9)
-    plain = {"linear": rate, "attention": rate, "moving": rate, "bytes_per_second": 1e15, "memory_bytes": 1e9}
+    plain = {
+        "linear": rate,
+        "attention": rate,
+        "moving": rate,
+        "standardising": 1e9,
+        "bytes_per_second": 1e15,
+        "memory_bytes": 1e9,
+    }
     return Device(**{"name": "flat", "dtype": "float64", **plain, **numbers})
 
 
@@ -452,7 +459,7 @@ def test_named_devices_are_slower_than_their_peaks_and_survive_saving(name: str,
 
 def test_this_machine_can_be_measured(monkeypatch, tmp_path):
     small = {"LINEAR_TOKENS": (4, 8), "LINEAR_WIDTHS": (8, 16), "ATTENTION_TOKENS": (4, 8), "ATTENTION_WIDTHS": (8, 16)}
-    more = {"MOVING_TOKENS": (4, 8), "MOVING_HIDDEN": (128,), "READ_WIDTH": 64, "RANKED_TOKENS": 64}
+    more = {"MOVING_TOKENS": (4, 8), "MOVING_HIDDEN": (128,), "READ_WIDTH": 64, "STATES": (8, 4), "RANKED_TOKENS": 64}
     for name, value in {**small, **more}.items():
         monkeypatch.setitem(calibration.__globals__, name, value)
     parts = []

@@ -27,6 +27,7 @@ LINEAR_TOKENS, LINEAR_WIDTHS = (16, 64, 256, 1024, 4096), (128, 256, 512, 1024, 
 ATTENTION_TOKENS, ATTENTION_WIDTHS = (64, 256, 1024, 4096), (32, 64, 128)
 MOVING_TOKENS, MOVING_HIDDEN = (16, 128, 1024, 4096), (128, 512, 1024)
 READ_WIDTH = 8192
+STATES = (4096, 512)
 RANKED_TOKENS = 1 << 15
 TINY_LAYERS = (2, 10)
 TINY_TOKENS = 32
@@ -63,7 +64,7 @@ def calibrate(
             per_second=tuple(tuple(bench.moving(tokens, shape) for shape in shapes) for tokens in MOVING_TOKENS),
         )
         tell("memory")
-        bytes_per_second = bench.reading()
+        bytes_per_second, standardising = bench.reading(), bench.standardising()
         tell("layers, cuts and tokens")
         shallow, deep = (bench.tiny(layers, DenseCache()) for layers in TINY_LAYERS)
         layer_seconds = max(0.0, (deep - shallow) / (TINY_LAYERS[1] - TINY_LAYERS[0]))
@@ -75,6 +76,7 @@ def calibrate(
         linear=linear,
         attention=attention,
         moving=moving,
+        standardising=standardising,
         bytes_per_second=bytes_per_second,
         memory_bytes=_memory_bytes(bench.device),
         layer_seconds=layer_seconds,
@@ -173,6 +175,15 @@ class _Bench:
         """Bytes per second at which one token reads a weight that no cache holds."""
         state, weight = self._random(1, READ_WIDTH), self._random(READ_WIDTH, READ_WIDTH)
         return weight.numel() * self.dtype.itemsize / self.seconds(lambda: F.linear(state, weight))
+
+    def standardising(self) -> float:
+        """Bytes per second of states that are standardised over the context and normalised."""
+        states = torch.randn(*STATES, device=self.device)
+
+        def standardise() -> None:
+            F.normalize((states - states.mean(0)) / states.std(0, correction=0), dim=-1)
+
+        return states.nbytes / self.seconds(standardise)
 
     def tiny(self, layers: int, cache: CachePolicy) -> float:
         """Seconds to the first token of a model too small to compute anything worth timing."""

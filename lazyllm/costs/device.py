@@ -19,6 +19,8 @@ Positive = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
+STANDARDISING_PASSES = 6
+"""Times a scorer reads or writes each state, where memory is all that limits it."""
 HERE = "here"
 """Name of the device that is measured instead of looked up."""
 
@@ -66,6 +68,7 @@ class Device(Value):
         linear: operations per second of a matrix product, by tokens and the root of its inputs times its outputs.
         attention: operations per second of causal attention, by tokens and head size.
         moving: bytes per second of norms, activations and additions, by tokens and numbers per token.
+        standardising: bytes per second of states that a scorer standardises and normalises, in float32.
         bytes_per_second: at which weights and K/V are read.
         memory_bytes: that there are.
         layer_seconds: of the host per layer and step, to launch its kernels.
@@ -83,6 +86,7 @@ class Device(Value):
     linear: Rate
     attention: Rate
     moving: Rate
+    standardising: Positive
     bytes_per_second: Positive
     memory_bytes: Positive
     layer_seconds: Seconds = 0.0
@@ -174,6 +178,7 @@ class DataSheet(Value):
             linear=Rate.flat(self.linear_share * self.teraflops * 1e12),
             attention=Rate.flat(self.attention_share * self.teraflops * 1e12),
             moving=Rate.flat(reached),
+            standardising=reached / STANDARDISING_PASSES,
             bytes_per_second=reached,
             memory_bytes=self.memory_gigabytes * 1e9,
             layer_seconds=self.layer_seconds,

@@ -24,8 +24,8 @@ LONGEST = 1 << 20
 """The longest prompt tried for break-even, in tokens."""
 REPLY_TOKENS = 64
 """Length of reply over which the share of decode steps that select is taken."""
-STATE_PASSES = 10
-"""Numbers moved at a cut per hidden value: gathered, standardised, normalised, written for those that go on."""
+GATHER_PASSES = 4
+"""Numbers moved at a cut per hidden value: gathered for the scorer, and for those that go on."""
 MATCH_PASSES = 20
 """Numbers moved at a cut per pair of a token and a query token: softmax and pooling."""
 SCORE_BYTES = 4
@@ -464,6 +464,8 @@ class _Model:
         shape, device, queries = self.shape, self.device, self.config.scorer.compares
         width = shape.hidden if self.config.scorer.needs_memory else shape.heads * shape.head_dim
         operations = 2 * queries * tokens * width / device.linear.at(tokens, sqrt(max(1, queries) * width))
-        moved = tokens * (STATE_PASSES * shape.hidden + MATCH_PASSES * queries) * SCORE_BYTES
+        moved = tokens * (GATHER_PASSES * shape.hidden + MATCH_PASSES * queries) * SCORE_BYTES
+        standardised = tokens * shape.hidden * SCORE_BYTES * self.config.scorer.needs_memory
         host = device.cut_seconds + tokens * device.ranked_token_seconds
-        return operations + moved / device.moving.at(tokens, shape.hidden) + host
+        moving = moved / device.moving.at(tokens, shape.hidden) + standardised / device.standardising
+        return operations + moving + host
