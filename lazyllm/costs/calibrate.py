@@ -29,6 +29,7 @@ MOVING_TOKENS, MOVING_HIDDEN = (16, 128, 1024, 4096), (128, 512, 1024)
 READ_WIDTH = 8192
 STATES = (4096, 512)
 RANKED_TOKENS = 1 << 15
+LEAST_SECONDS = 0.1
 TINY_LAYERS = (2, 10)
 TINY_TOKENS = 32
 TINY_CUTS = Stages(stages={2: 0.8, 4: 0.6, 6: 0.4, 8: 0.2})
@@ -46,7 +47,7 @@ def calibrate(
     Args:
         device: of torch, `"cpu"` or `"cuda"`.
         dtype: of the numbers to work on.
-        repeats: how often each size is timed, after once to warm up; the median counts.
+        repeats: how often each size is timed at least, after once to warm up; the median counts.
         on_part: told what is measured next.
     """
     tell = on_part or (lambda part: None)
@@ -121,9 +122,9 @@ class _Bench:
         self.device, self.dtype, self.repeats = device, dtype, repeats
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Median time of one run, after one to warm up."""
-        times = []
-        for _ in range(self.repeats + 1):
+        """Median time of one run, after one to warm up; short ones run more often, past a slow moment."""
+        times: list[float] = []
+        while len(times) <= self.repeats or sum(times) < LEAST_SECONDS:
             self._wait()
             started = time.perf_counter()
             work()
