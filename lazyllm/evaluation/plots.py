@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from lazyllm.callbacks import TokenTrace
+    from lazyllm.costs import Prediction
     from lazyllm.evaluation.bench import BenchReport
     from lazyllm.evaluation.compare import Line
     from lazyllm.evaluation.limits import Entry
@@ -151,6 +152,36 @@ def plot_reply_sizes(sizes: Sequence[ReplySize], path: str | Path) -> Path:
     axes.set(xlabel="tokens of the reply", ylabel="MB more than after the prefill", xlim=(0, tokens[-1]))
     axes.legend(loc="upper left")
     return _save(figure, path)
+
+
+def plot_prediction(predictions: Mapping[str, Sequence[Prediction]], path: str | Path) -> Path:
+    """Where the predicted TTFT goes, dense and pruned: a row of panels per model, a panel per prompt length."""
+    columns = max(map(len, predictions.values()))
+    path, figure = _new_figure(path, (1.4 + 3.2 * columns, 3.4 * len(predictions)))
+    panels = figure.subplots(len(predictions), columns, squeeze=False)
+    for row, (model, lengths) in zip(panels, predictions.items(), strict=True):
+        for axes in row[len(lengths) :]:
+            axes.remove()
+        for axes, prediction in zip(row, lengths, strict=False):
+            _draw_prediction(axes, prediction)
+            axes.set_title(f"{model}, {prediction.tokens:,} tokens: {prediction.speedup:.1f}x", fontsize=9)
+    return _save(figure, path)
+
+
+def _draw_prediction(axes: Any, prediction: Prediction) -> None:
+    parts = [cost.prefill for cost in (prediction.dense, prediction.pruned)]
+    linear, attention = ([getattr(part, name) for part in parts] for name in ("linear", "attention"))
+    rest = [part.total - part.linear - part.attention for part in parts]
+    bottom = np.zeros(len(parts))
+    for name, heights, colour in (
+        ("linear layers", linear, LAZY),
+        ("attention", attention, BAND_COLOURS[2]),
+        ("rest", rest, DENSE),
+    ):
+        axes.bar(("dense", "pruned"), heights, 0.6, bottom=bottom, color=colour, label=name)
+        bottom += heights
+    axes.set_ylabel("TTFT in seconds")
+    axes.legend(loc="upper right", fontsize=7)
 
 
 def _draw_prefill(axes: Any, stats: GenerationStats) -> None:
