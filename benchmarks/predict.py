@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -25,9 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from lazyllm.caches import AuxCache
 from lazyllm.config import PAPER_STAGES, LazyConfig
 from lazyllm.costs import Device, ModelShape, calibrate, predict
-from lazyllm.errors import InputError, LazyLLMError
-from lazyllm.evaluation.bench import Contender, LazyContender, StockContender, environment, run_rounds
+from lazyllm.errors import LazyLLMError
+from lazyllm.evaluation.bench import LazyRun, StockRun, TimedRun, Workload, environment, run_rounds
 from lazyllm.evaluation.data import packaged_model, quiet_loading
+from lazyllm.evaluation.options import numbers_in
 from lazyllm.models.loading import load_model
 from lazyllm.policies.schedules import Constant, Stages
 from lazyllm.policies.scorers import LastTokenAttention, LateInteraction
@@ -70,7 +71,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the order within a round.")] = 0,
 ) -> None:
     try:
-        run(_numbers(lengths), rounds, device, out, seed)
+        run(numbers_in(lengths), rounds, device, out, seed)
     except LazyLLMError as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from None
@@ -103,14 +104,14 @@ def compare(name: str, model: PreTrainedModel, device: Device, length: int, roun
     shape = ModelShape.of(model.config)
     order = random.Random(seed)
     prompt = [order.randrange(3, shape.vocabulary) for _ in range(length)]
-    stock = StockContender(model, STOCK_KERNEL)
-    field: list[Contender] = [stock, *(LazyContender(model, run, config) for run, config in RUNS.items())]
-    timings = run_rounds(field, prompt, rounds, 1, order)
+    stock = StockRun(model, STOCK_KERNEL)
+    field: list[TimedRun] = [stock, *(LazyRun(model, run, config) for run, config in RUNS.items())]
+    timings = run_rounds(field, Workload([prompt], new_tokens=1), rounds, order)
     predictions = {run: predict(shape, config, device, tokens=length, asked=False) for run, config in RUNS.items()}
     expected = {run: prediction.pruned.ttft_seconds for run, prediction in predictions.items()}
     expected[stock.name] = predictions["dense"].dense.ttft_seconds
     return [
-        Check(name, run, length, expected[run], median(seconds := [first for first, _ in timing]), seconds)
+        Check(name, run, length, expected[run], median(seconds := [one.ttft_seconds for one in timing]), seconds)
         for run, timing in timings.items()
     ]
 
@@ -136,15 +137,6 @@ def _random_llama() -> LlamaForCausalLM:
         num_key_value_heads=2, max_position_embeddings=1 << 15, pad_token_id=0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-def _numbers(text: str) -> list[int]:
-    names: list[Any] = [name.strip() for name in text.split(",") if name.strip()]
-    if wrong := [name for name in names if not name.isdigit() or int(name) == 0]:
-        raise InputError(f"a prompt length is a positive whole number, not {wrong[0]!r}")
-    if not names:
-        raise InputError(f"--lengths names no prompt length: {text!r}")
-    return [int(name) for name in names]
 
 
 if __name__ == "__main__":
