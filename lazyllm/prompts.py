@@ -34,6 +34,8 @@ QUESTION_MARKS = ("?", "\uff1f", "\u061f")
 """The Latin, the full-width and the Arabic one."""
 LONGEST_QUESTION = 400
 """Characters; a longer paragraph is a text and not a question."""
+LONGEST_REMARK = 60
+"""Characters that may stand behind a question and still belong to it."""
 MOST_QUESTIONS = 3
 """A text with more paragraphs that ask something is a dialogue, and these are part of it."""
 
@@ -197,7 +199,7 @@ def _asking(text: str, user: CharRange | None) -> list[CharRange]:
         start, stop = user
         return [(start + left, start + right) for left, right in find_questions(text[start:stop])]
     last = _pieces(text, BLANK_LINE)[-1]
-    asks = last[1] - last[0] <= LONGEST_QUESTION and _holds_mark(text[slice(*last)])
+    asks = _is_short(last) and _holds_mark(text[slice(*last)])
     return sorted({*lone_questions(text), *([last] if asks else [])})
 
 
@@ -217,22 +219,36 @@ def _starts(known: _Text) -> dict[Unit, tuple[int, ...]]:
 def find_questions(text: str) -> list[CharRange]:
     """Which characters of a user's turn ask something: all of it when it is short, else what stands alone.
 
-    That is its last paragraph (or the end of it, when that is long), and other paragraphs that end in a question
-    mark, unless there are so many that they belong to the text itself.
+    That is other paragraphs that ask, unless there are so many that they belong to the text itself, and the last one
+    (or the end of it, when that is long): a question, an order, or a remark behind a question that stands elsewhere,
+    but not a long end of the text behind such a question. Where nothing holds a question mark, the first paragraph may
+    be the order.
     """
     if len(text) <= LONGEST_QUESTION:
         return [(0, len(text))]
-    return sorted({*lone_questions(text), _last_piece(text)})
+    asked, last = lone_questions(text), _last_piece(text)
+    if not asked and not _holds_mark(text[slice(*last)]):
+        first = _pieces(text, BLANK_LINE)[0]
+        return sorted({last, *([first] if _is_short(first) else [])})
+    if asked and not _holds_mark(text[slice(*last)]) and last[1] - last[0] > LONGEST_REMARK:
+        return asked
+    return sorted({*asked, last})
 
 
 def lone_questions(text: str) -> list[CharRange]:
-    """Short paragraphs that end in a question mark; none where there are more than a few."""
-    found = [
-        chars
-        for chars in _pieces(text, BLANK_LINE)
-        if chars[1] - chars[0] <= LONGEST_QUESTION and text[: chars[1]].endswith(QUESTION_MARKS)
-    ]
+    """Short paragraphs that end in a question, or in a remark behind one; none where there are more than a few."""
+    found = [chars for chars in _pieces(text, BLANK_LINE) if _is_short(chars) and _asks(text[slice(*chars)])]
     return found if len(found) <= MOST_QUESTIONS else []
+
+
+def _is_short(chars: CharRange) -> bool:
+    return chars[1] - chars[0] <= LONGEST_QUESTION
+
+
+def _asks(paragraph: str) -> bool:
+    """Whether no more than a remark, such as "Answer in one word.", stands behind its last question mark."""
+    mark = max(paragraph.rfind(mark) for mark in QUESTION_MARKS)
+    return mark >= 0 and len(paragraph) - mark - 1 <= LONGEST_REMARK
 
 
 def _last_piece(text: str) -> CharRange:

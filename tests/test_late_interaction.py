@@ -515,6 +515,7 @@ def test_the_system_message_may_be_protected(system: bool):
 
 DOCUMENT = "The meeting was long. Nobody remembers who came. " * 20
 QUESTION = "Who came to the meeting?"
+LONG_END = "That was all that could be said about the meeting, and everybody went home."
 
 
 @pytest.mark.parametrize(
@@ -528,11 +529,31 @@ QUESTION = "Who came to the meeting?"
         (f"{QUESTION}\n\n{DOCUMENT}\n\nThe end.", [QUESTION, "The end."]),
         (f"{QUESTION}\n\n{DOCUMENT}", [QUESTION, "Nobody remembers who came."]),
         (f"{DOCUMENT}\n\n{QUESTION}\n\n{DOCUMENT}\n\nThe end.", [QUESTION, "The end."]),
+        (f"{QUESTION} Be brief.\n\n{DOCUMENT}\n\nThe end.", [f"{QUESTION} Be brief.", "The end."]),
+        (f"{QUESTION}\n\n{DOCUMENT}\n\n{LONG_END}", [QUESTION]),
+        (f"{QUESTION} {LONG_END}\n\n{DOCUMENT}\n\nSum it up.", [f"{QUESTION} {LONG_END}", "Sum it up."]),
+        (f"Sum it up.\n\n{DOCUMENT}\n\n{LONG_END}", ["Sum it up.", LONG_END]),
         ("\n\n".join([DOCUMENT, "a?", "b?", "c?"]), ["a?", "b?", "c?"]),
         ("\n\n".join([DOCUMENT, "a?", "b?", "c?", "d?"]), ["d?"]),
         ("x" * 1000, ["x" * LONGEST_QUESTION]),
     ],
-    ids=["short", "end", "order", "line", "sentence", "first", "first, long end", "middle", "few", "many", "huge"],
+    ids=[
+        "short",
+        "end",
+        "order",
+        "line",
+        "sentence",
+        "first",
+        "first, long end",
+        "middle",
+        "remark",
+        "text at the end",
+        "question in a text",
+        "order first",
+        "few",
+        "many",
+        "huge",
+    ],
 )
 def test_find_questions(text: str, expected: list[str]):
     assert [text[start:stop] for start, stop in find_questions(text)] == expected

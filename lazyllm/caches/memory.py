@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lazyllm.indexing import GrowingBuffer, locate
+from lazyllm.indexing import GrowingBuffer, is_ascending, locate
 
 
 class StateMemory:
@@ -25,8 +25,8 @@ class StateMemory:
         """States [v, c] of `tokens` [v], all of which were remembered."""
         states = self._states.read()
         slots = locate(self._tokens.read(), tokens)
-        if slots.numel() == len(self):
-            return states if torch.equal(slots, torch.arange(len(self))) else states[slots.to(states.device)]
+        if slots.numel() and int(slots[-1] - slots[0]) + 1 == slots.numel() and is_ascending(slots):
+            return states.narrow(0, int(slots[0]), slots.numel())  # what stands side by side is not copied
         return states.index_select(0, slots.to(states.device))
 
     def truncate(self, length: int) -> None:

@@ -1,14 +1,19 @@
 """Late interaction with the query, read from the model's own early states."""
 
+from math import sqrt
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from lazyllm.policies.base import ScoreContext, Scorer
 from lazyllm.policies.pooling import OddWidths, max_over_neighbours
 from lazyllm.policies.query import Query
+
+TINY = 1e-12
+"""Least length of a state that is divided by its length."""
 
 
 class LateInteraction(Scorer):
@@ -53,9 +58,12 @@ class LateInteraction(Scorer):
 def soft_matches(text: Tensor, query: Tensor, temperature: float = 1.0) -> Tensor:
     """How the interest of each query token [w, c] spreads over the text [v, c]: [w, v], rows sum to 1."""
     text, query = (states.to(torch.promote_types(states.dtype, torch.float32)) for states in (text, query))
-    mean, deviation = text.mean(0), text.std(0, correction=0)
+    mean = text.mean(0)
+    centred = text - mean
+    deviation = vector_norm(centred, dim=0) / sqrt(text.shape[0])
     deviation = deviation.clamp(min=torch.finfo(text.dtype).eps * (1 + mean.abs().max()))
-    text, query = (torch.nn.functional.normalize((states - mean) / deviation, dim=-1) for states in (text, query))
-    cosines = query @ text.T
+    asked = torch.nn.functional.normalize((query - mean) / deviation, dim=-1) / deviation
+    lengths = (centred.square() @ deviation**-2).sqrt().clamp(min=TINY)  # of the standardised text, never written down
+    cosines = asked @ centred.T / lengths
     spread = cosines.std(-1, correction=0, keepdim=True).clamp(min=torch.finfo(text.dtype).eps)
     return torch.softmax((cosines - cosines.mean(-1, keepdim=True)) / spread / temperature, dim=-1)
