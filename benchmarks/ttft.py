@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lazyllm.errors import InputError, LazyLLMError
-from lazyllm.evaluation.bench import BenchReport, Measurement, Spread, default_presets, measure, save_reports
+from lazyllm.evaluation.bench import BenchReport, Measurement, default_presets, measure, save_reports
 from lazyllm.evaluation.data import packaged_model, packaged_speech, packaged_speech_names, quiet_loading
+from lazyllm.evaluation.engines import spread_text
 from lazyllm.evaluation.plots import plot_bench
 from lazyllm.models.loading import dtype_named, load_model
 
@@ -43,7 +44,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the order within a round.")] = 0,
 ) -> None:
     try:
-        run(_numbers(lengths), _names(dtypes), _names(presets), rounds, new_tokens, model, device, out, seed)
+        run(numbers(lengths), names(dtypes), names(presets), rounds, new_tokens, model, device, out, seed)
     except LazyLLMError as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from None
@@ -91,10 +92,10 @@ def run(
 
 def long_text(tokenizer: Any, tokens: int) -> list[int]:
     """Token ids of addresses one after the other, until there are enough."""
-    names = packaged_speech_names()
-    first = names.index(FIRST_SPEECH)
+    speeches = packaged_speech_names()
+    first = speeches.index(FIRST_SPEECH)
     ids: list[int] = []
-    for name in [*names[first:], *names[:first]]:
+    for name in [*speeches[first:], *speeches[:first]]:
         ids += tokenizer(packaged_speech(name) + "\n\n", add_special_tokens=not ids, verbose=False)["input_ids"]
         if len(ids) >= tokens:
             break
@@ -125,19 +126,14 @@ def _cells(line: Measurement) -> list[str]:
     return [
         f"{line.prompt_tokens:,}",
         line.contender,
-        _spread(line.ttft_seconds, 1, 2),
+        spread_text(line.ttft_seconds, 1, 2),
         f"{line.ttft_speedup:.2f}x",
         f"{line.predicted_ttft_speedup:.2f}x",
         f"{line.realised_over_predicted:.2f}",
-        _spread(line.seconds_per_output_token, 1000, 0) if line.seconds_per_output_token else "-",
+        spread_text(line.seconds_per_output_token, 1000, 0) if line.seconds_per_output_token else "-",
         f"{line.decode_speedup:.2f}x" if line.decode_speedup else "-",
         f"{line.computed_fraction:.0%}",
     ]
-
-
-def _spread(spread: Spread, factor: float, digits: int) -> str:
-    low, middle, high = (f"{factor * value:.{digits}f}" for value in (spread.minimum, spread.median, spread.maximum))
-    return f"{middle} ({low} - {high})"
 
 
 def _advance(progress: Progress, task: Any) -> Callable[[int, int], None]:
@@ -147,18 +143,20 @@ def _advance(progress: Progress, task: Any) -> Callable[[int, int], None]:
     return advance
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
+def names(text: str) -> list[str]:
+    """The parts of an option that takes a list."""
+    parts = [name.strip() for name in text.split(",") if name.strip()]
+    if not parts:
         raise InputError("an option that takes a list got an empty one")
-    return names
+    return parts
 
 
-def _numbers(text: str) -> list[int]:
-    names = _names(text)
-    if wrong := [name for name in names if not name.isdigit() or int(name) == 0]:
+def numbers(text: str) -> list[int]:
+    """The prompt lengths of an option."""
+    parts = names(text)
+    if wrong := [part for part in parts if not part.isdigit() or int(part) == 0]:
         raise InputError(f"a prompt length is a positive whole number, not {wrong[0]!r}")
-    return [int(name) for name in names]
+    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

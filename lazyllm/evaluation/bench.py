@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 import lazyllm
 from lazyllm.caches import AuxCache
 from lazyllm.config import LazyConfig, preset_names
-from lazyllm.errors import InputError, unknown
+from lazyllm.errors import EngineError, InputError, unknown
 from lazyllm.pipeline import LazyPipeline, TokenClock
+from lazyllm.policies.query import Query
 from lazyllm.result import GenerationResult
 
 STOCK_KERNELS = ("sdpa", "eager")
@@ -109,15 +110,22 @@ class Contender:
         name: what the report calls it.
         is_stock: whether it is the unmodified model.
         predicted_speedup, prefill_computed_fraction, computed_fraction: of the last run; 1 for the unmodified model.
+        kept_fraction: share of the prompt's K/V in the cache after the last run's prefill.
+        reply: token ids of the last run's reply.
     """
 
     def __init__(self, name: str, *, is_stock: bool) -> None:
         self.name = name
         self.is_stock = is_stock
-        self.predicted_speedup = self.prefill_computed_fraction = self.computed_fraction = 1.0
+        self.predicted_speedup = self.prefill_computed_fraction = self.computed_fraction = self.kept_fraction = 1.0
+        self.reply: list[int] = []
 
     def run(self, token_ids: Sequence[int], new_tokens: int) -> Timing:
-        """Generates exactly `new_tokens` tokens and returns how long it took."""
+        """Generates exactly `new_tokens` tokens and returns how long it took.
+
+        Raises:
+            EngineError: when it runs in another process and that failed.
+        """
         raise NotImplementedError
 
 
@@ -135,27 +143,39 @@ class StockContender(Contender):
             started = time.perf_counter()
             clock = TokenClock(self.model.device)
             ids = torch.tensor([token_ids], device=self.model.device)
-            self.model.generate(
+            output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 stopping_criteria=StoppingCriteriaList([clock]),
                 **reply_options(new_tokens),
             )
+        self.reply = output[0, len(token_ids) :].tolist()
         return clock.times[0] - started, _per_token(clock.times)
 
 
 class LazyContender(Contender):
-    """A preset."""
+    """A preset.
 
-    def __init__(self, model: PreTrainedModel, name: str, config: LazyConfig) -> None:
+    Args:
+        model: the model it prunes.
+        name: what the report calls it.
+        config: its policies.
+        query: what every prompt asks, as `pipeline.generate` takes it.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, config: LazyConfig, *, query: Query | None = None) -> None:
         super().__init__(name, is_stock=False)
         self.pipeline = LazyPipeline.from_config(config, model)
+        self.query = query
 
     def run(self, token_ids: Sequence[int], new_tokens: int) -> Timing:
         """Times `pipeline.generate`, which reads the same clock."""
-        stats = cast(GenerationResult, self.pipeline.generate(list(token_ids), **reply_options(new_tokens))).stats
+        output = self.pipeline.generate(list(token_ids), query=self.query, **reply_options(new_tokens))
+        result = cast(GenerationResult, output)
+        stats = result.stats
+        self.reply = result.token_ids
         self.predicted_speedup = stats.predicted_speedup
-        self.prefill_computed_fraction = stats.prefill_computed_fraction
+        self.prefill_computed_fraction = self.kept_fraction = stats.prefill_computed_fraction
         self.computed_fraction = stats.computed_fraction
         return stats.ttft_seconds, stats.seconds_per_output_token
 
@@ -254,12 +274,25 @@ def run_rounds(
     new_tokens: int,
     order: random.Random,
     on_round: Callable[[int, int], None] | None = None,
+    on_error: Callable[[Contender, EngineError], None] | None = None,
 ) -> dict[str, list[Timing]]:
-    """Timings by contender; round 0 warms up and does not count."""
+    """Timings by contender; round 0 warms up and does not count.
+
+    With `on_error`, which is told the reason, a contender whose engine fails drops out; without it the error is raised.
+    """
     timings: dict[str, list[Timing]] = {contender.name: [] for contender in field}
+    running = list(field)
     for number in range(rounds + 1):
-        for contender in order.sample(list(field), len(field)):
-            timing = contender.run(prompt, new_tokens)
+        for contender in order.sample(running, len(running)):
+            try:
+                timing = contender.run(prompt, new_tokens)
+            except EngineError as error:
+                if on_error is None:
+                    raise
+                on_error(contender, error)
+                running.remove(contender)
+                del timings[contender.name]
+                continue
             if number:
                 timings[contender.name].append(timing)
         if on_round is not None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lazyllm.callbacks import TokenTrace
     from lazyllm.evaluation.bench import BenchReport
     from lazyllm.evaluation.compare import Line
+    from lazyllm.evaluation.engines import EngineReport
     from lazyllm.result import GenerationStats
 
 BANDS = 4
@@ -39,6 +40,44 @@ def plot_bench(reports: Sequence[BenchReport], path: str | Path) -> Path:
         _draw_ttft(left, report)
         _draw_speedups(right, report)
     return _save(figure, path)
+
+
+def plot_engines(report: EngineReport, path: str | Path) -> Path:
+    """Median and range of TTFT and of the time per output token, engine by engine and by prompt length."""
+    names = list(dict.fromkeys(line.name for line in report.lines))
+    path, figure = _new_figure(path, (14, 1.6 + 0.42 * len(names)))
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_engines(left, report, names, "ttft_seconds", 1)
+    _draw_engines(right, report, names, "seconds_per_output_token", 1000)
+    left.set(title=f"{report.model}, {report.threads} threads", xlabel="TTFT in seconds")
+    right.set(title=f"median and range of {report.rounds} rounds", xlabel="ms per output token")
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.legend(loc="best")
+    return _save(figure, path)
+
+
+def _draw_engines(axes: Any, report: EngineReport, names: Sequence[str], figure: str, factor: float) -> None:
+    lengths = list(dict.fromkeys(line.prompt_tokens for line in report.lines))
+    height = 0.8 / len(lengths)
+    for index, length in enumerate(lengths):
+        lines = [
+            line for line in report.lines if line.prompt_tokens == length and getattr(line, figure, None) is not None
+        ]
+        spreads = [getattr(line, figure) for line in lines]
+        at = [names.index(line.name) + (index - (len(lengths) - 1) / 2) * height for line in lines]
+        middles = [factor * spread.median for spread in spreads]
+        reach = [
+            [factor * (spread.median - spread.minimum) for spread in spreads],
+            [factor * (spread.maximum - spread.median) for spread in spreads],
+        ]
+        colour = BAND_COLOURS[index % len(BAND_COLOURS)]
+        axes.barh(at, middles, height, color=colour, label=f"{length:,} tokens")
+        axes.errorbar(middles, at, xerr=reach, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
+        if spreads:  # a logarithmic axis needs something to stand on
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
 
 
 def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:

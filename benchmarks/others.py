@@ -1,0 +1,418 @@
+"""lazyllm beside other engines: the same weights and prompts on the same machine, round by round.
+
+    python benchmarks/others.py --lengths 1024,4096,8000 --rounds 7 --new-tokens 32 --threads 2
+    python benchmarks/others.py --quick --without kvpress
+
+transformers and lazyllm run in this process. llama.cpp (the packaged GGUF file as it is, and its weights as F16 and
+F32) and kvpress (SnapKV and KNorm, keeping as much K/V as a lazyllm run) run as workers, each in an environment of its
+own that is made under out/venvs on first use. Everyone gets the same token ids: the beginning of State of the Union
+addresses and a question. Only one engine computes at a time; the others wait without using the processor. Writes
+out/others.json, out/others.md and out/others.png after every prompt length.
+
+On a machine that other programs use too, call it with OMP_WAIT_POLICY=passive: threads that wait for each other then
+sleep. It goes to every engine alike.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from ttft import long_text, names, numbers
+
+from lazyllm.errors import EngineError, InputError, LazyLLMError, unknown
+from lazyllm.evaluation.bench import (
+    PREFILL_ONLY,
+    Contender,
+    LazyContender,
+    StockContender,
+    environment,
+    preset_config,
+    run_rounds,
+)
+from lazyllm.evaluation.data import packaged_model, quiet_loading
+from lazyllm.evaluation.engines import (
+    COLUMNS,
+    EngineLine,
+    EngineReport,
+    Entrant,
+    cells,
+    failures,
+    headline,
+    line_up,
+    markdown,
+)
+from lazyllm.evaluation.export import FILE_TYPES, FileType, write_checkpoint, write_dequantised
+from lazyllm.evaluation.plots import plot_engines
+from lazyllm.evaluation.workers import FailedContender, Worker, WorkerContender
+from lazyllm.models.loading import dtype_named, load_model
+
+ENGINES = ("transformers", "lazyllm", "llama.cpp", "kvpress")
+TORCH = torch.__version__.partition("+")[0]
+INSTALLS = {
+    "llama.cpp": [["--only-binary", ":all:", "xllamacpp==2026.10.11549"]],
+    # torch comes first and alone, so that pip takes a CPU build where one is at hand
+    "kvpress": [[f"torch=={TORCH}"], ["kvpress==0.5.5", "transformers==5.2.0"]],
+}
+"""What pip installs into a worker's environment, one call after the other."""
+PRESSES = ("SnapKV", "KNorm")
+PRESETS = (
+    "recommended",
+    f"recommended {PREFILL_ONLY}",
+    "recommended-fast",
+    f"recommended-fast {PREFILL_ONLY}",
+    "static-pruning",
+)
+QUESTION = "\n\nWhat does the President ask the Congress to do?"
+WORKERS = Path(__file__).parent / "workers"
+
+console = Console(width=None if Console().is_terminal else 200)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        source: GGUF file of the model.
+        lengths, rounds, new_tokens, threads, seed: of every engine.
+        dtypes: of transformers, lazyllm and kvpress.
+        kernels: attention kernels of unmodified transformers.
+        presets: of lazyllm; the first one says how much K/V kvpress keeps, unless `keep` does.
+        keep: share of the K/V that kvpress keeps.
+        engines: names from `ENGINES`.
+        out: folder of everything written.
+    """
+
+    source: Path
+    lengths: list[int]
+    rounds: int
+    new_tokens: int
+    threads: int
+    seed: int
+    dtypes: list[str]
+    kernels: list[str]
+    presets: list[str]
+    keep: float | None
+    engines: list[str]
+    out: Path
+
+
+def main(
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "1024,4096,8000",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of every contender, after one to warm up.")] = 7,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the replies.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="1,024 tokens, 3 rounds, 8 new tokens, no kvpress.")] = False,
+    only: Annotated[str, typer.Option(help="Engines to run: " + ", ".join(ENGINES))] = ",".join(ENGINES),
+    without: Annotated[str, typer.Option(help="Engines to leave out.")] = "",
+    dtypes: Annotated[str, typer.Option(help="Dtypes of transformers, lazyllm and kvpress.")] = "float32,bfloat16",
+    kernels: Annotated[str, typer.Option(help="Attention kernels of transformers: sdpa, eager.")] = "sdpa",
+    presets: Annotated[str, typer.Option(help="As in ttft.py.")] = ",".join(PRESETS),
+    keep: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of K/V kvpress keeps; 0: what the first preset keeps.")
+    ] = 0,
+    model: Annotated[str, typer.Option(help="GGUF file; the packaged SmolLM2 without it.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the results, environments and converted weights.")] = Path("out"),
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Where the Markdown table goes.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order within a round.")] = 0,
+) -> None:
+    try:
+        plan = Plan(
+            source=Path(model or packaged_model()),
+            lengths=[1024] if quick else numbers(lengths),
+            rounds=3 if quick else rounds,
+            new_tokens=8 if quick else new_tokens,
+            threads=threads,
+            seed=seed,
+            dtypes=names(dtypes),
+            kernels=names(kernels),
+            presets=names(presets),
+            keep=keep or None,
+            engines=chosen(only, f"{without},kvpress" if quick else without),
+            out=out,
+        )
+        check(plan)
+        compare_engines(plan, markdown_file or out / "others.md")
+    except LazyLLMError as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(2) from None
+
+
+def chosen(only: str, without: str) -> list[str]:
+    """Names of the engines to run.
+
+    Raises:
+        InputError: for an unknown one, or when none is left.
+    """
+    left_out = [name.strip() for name in without.split(",") if name.strip()]
+    for name in [*names(only), *left_out]:
+        if name not in ENGINES:
+            raise InputError(unknown("engine", name, ENGINES))
+    engines = [name for name in ENGINES if name in names(only) and name not in left_out]
+    if not engines:
+        raise InputError(f"no engine is left of {only!r} without {without!r}")
+    return engines
+
+
+def check(plan: Plan) -> None:
+    """Refuses what cannot be compared, before anything is loaded.
+
+    Raises:
+        InputError: when the model is no GGUF file, kvpress does not know how much to keep, or waiting threads spin.
+    """
+    if plan.source.suffix != ".gguf":
+        raise InputError(f"the engines share a GGUF file, and {str(plan.source)!r} is none")
+    if "kvpress" in plan.engines and plan.keep is None and "lazyllm" not in plan.engines:
+        raise InputError("kvpress keeps as much K/V as a lazyllm run does; let lazyllm run too, or give --keep")
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active":
+        raise InputError("with OMP_WAIT_POLICY=active an idle engine's threads take the processor from the others'")
+
+
+def compare_engines(plan: Plan, markdown_file: Path) -> None:
+    """Runs the plan and writes its results."""
+    torch.set_num_threads(plan.threads)
+    networks, tokenizer = load(plan)
+    model = networks[plan.dtypes[0]]
+    context_tokens = max(plan.lengths) + plan.new_tokens
+    if context_tokens > model.config.max_position_embeddings:
+        raise InputError(
+            f"a prompt of {max(plan.lengths)} tokens and a reply of {plan.new_tokens} do not fit into the model's "
+            f"context of {model.config.max_position_embeddings}"
+        )
+    about = {name: value for name, value in environment(model).items() if name != "threads"}
+    text = long_text(tokenizer, max(plan.lengths))
+    question = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    order = random.Random(plan.seed)
+    lines: list[EngineLine] = []
+    with workers(plan, context_tokens) as running, progress() as bar:
+        for name, worker in running.items():
+            about |= told(name.partition(" ")[0], worker, about)
+        task = bar.add_task("", total=len(plan.lengths) * (plan.rounds + 1))
+        for length in plan.lengths:
+            prompt = [*text[: length - len(question)], *question]
+            query = (length - len(question), length)
+            errors: dict[str, EngineError] = {}
+            entrants = field(plan, networks, running, prompt, query)
+            bar.update(task, description=f"{length:,} tokens")
+            timings = run_rounds(
+                [entry.contender for entry in entrants],
+                prompt,
+                plan.rounds,
+                plan.new_tokens,
+                order,
+                on_round=lambda *_: bar.advance(task),
+                on_error=_note(errors),
+            )
+            lines += line_up(entrants, timings, errors, length, plan.new_tokens)
+            report = EngineReport(plan.source.name, plan.threads, plan.rounds, command(), about, lines)
+            written = save(report, plan.out, markdown_file)
+    console.print(table(report))
+    for reason in failures(report):
+        console.print(f"[yellow]{reason}[/yellow]")
+    console.print("written:", *written)
+
+
+def load(plan: Plan) -> tuple[dict[str, Any], Any]:
+    """The model in every dtype, and its tokenizer."""
+    networks = {}
+    for dtype in plan.dtypes:
+        with console.status(f"loading {plan.source.name} in {dtype}"), quiet_loading():
+            networks[dtype], tokenizer = load_model(plan.source, dtype=dtype_named(dtype))
+    return networks, tokenizer
+
+
+def field(
+    plan: Plan,
+    networks: Mapping[str, Any],
+    running: Mapping[str, Worker | EngineError],
+    prompt: Sequence[int],
+    query: tuple[int, int],
+) -> list[Entrant]:
+    """Everyone who takes part at one prompt length."""
+    entrants: list[Entrant] = []
+    for dtype, network in networks.items():
+        if "transformers" in plan.engines:
+            entrants += [entrant(StockContender(network, name), "transformers", name, dtype) for name in plan.kernels]
+        if "lazyllm" in plan.engines:
+            entrants += [
+                entrant(LazyContender(network, name, preset_config(name), query=query), "lazyllm", name, dtype)
+                for name in plan.presets
+            ]
+    if "llama.cpp" in plan.engines:
+        own, *written = file_types(plan.source)
+        entrants.append(entrant(away(running[f"llama.cpp {own}"]), "llama.cpp", "the file", own))
+        entrants += [entrant(away(running[f"llama.cpp {kind}"]), "llama.cpp", "dequantised", kind) for kind in written]
+    if "kvpress" in plan.engines:
+        kept = plan.keep or kept_by_lazyllm(entrants, prompt)
+        for dtype in plan.dtypes:
+            for press in PRESSES:
+                request = {"press": press, "compression_ratio": 1 - kept}
+                contender = away(running[f"kvpress {dtype}"], request, kept)
+                entrants.append(entrant(contender, "kvpress", press, dtype))
+    return entrants
+
+
+def kept_by_lazyllm(entrants: Sequence[Entrant], prompt: Sequence[int]) -> float:
+    """Share of the prompt's K/V that the first of lazyllm's runs keeps."""
+    contender = next(entry.contender for entry in entrants if entry.engine == "lazyllm")
+    contender.run(prompt, 1)
+    return contender.kept_fraction
+
+
+def entrant(contender: Contender, engine: str, run: str, dtype: str) -> Entrant:
+    contender.name = f"{engine} {run}, {dtype}"
+    return Entrant(contender, engine, run, dtype)
+
+
+def away(worker: Worker | EngineError, request: Mapping[str, Any] | None = None, kept: float = 1.0) -> Contender:
+    """A worker's contender, or one that says why there is none."""
+    if isinstance(worker, EngineError):
+        return FailedContender("", worker)
+    return WorkerContender("", worker, request=request, kept_fraction=kept)
+
+
+def file_types(source: Path) -> list[str]:
+    """The GGUF file's own type, as its name tells, and those it is written in again."""
+    own = source.stem.rpartition(".")[2]
+    return [own, *(kind for kind in FILE_TYPES if kind != own)]
+
+
+@contextmanager
+def workers(plan: Plan, context_tokens: int) -> Iterator[dict[str, Worker | EngineError]]:
+    """All workers by name, started; an error where one could not be."""
+    running: dict[str, Worker | EngineError] = {}
+    try:
+        if "llama.cpp" in plan.engines:
+            for kind in file_types(plan.source):
+                arguments = [str(gguf_file(plan, kind)), str(context_tokens), str(plan.threads)]
+                running[f"llama.cpp {kind}"] = start(plan, "llama.cpp", kind, "llama_cpp_worker.py", arguments)
+        if "kvpress" in plan.engines:
+            folder = plan.out / "weights" / plan.source.stem
+            if not folder.exists():
+                with console.status(f"writing {folder}"):
+                    write_checkpoint(plan.source, folder)
+            for dtype in plan.dtypes:
+                arguments = [str(folder), dtype, str(plan.threads)]
+                running[f"kvpress {dtype}"] = start(plan, "kvpress", dtype, "kvpress_worker.py", arguments)
+        yield running
+    finally:
+        for worker in running.values():
+            if isinstance(worker, Worker):
+                worker.close()
+
+
+def gguf_file(plan: Plan, kind: str) -> Path:
+    """The GGUF file itself, or its weights in another type."""
+    if kind == file_types(plan.source)[0]:
+        return plan.source
+    path = plan.out / "weights" / f"{plan.source.stem}-{kind}.gguf"
+    if not path.exists():
+        with console.status(f"writing {path}"):
+            write_dequantised(plan.source, path, cast(FileType, kind))
+    return path
+
+
+def start(plan: Plan, engine: str, variant: str, script: str, arguments: Sequence[str]) -> Worker | EngineError:
+    """A worker of an engine that has loaded, or why there is none."""
+    name = f"{engine} {variant}"
+    try:
+        python = interpreter(plan.out / "venvs" / engine, INSTALLS[engine])
+        command = [str(python), str(WORKERS / script), *arguments]
+        worker = Worker(name, command, log=plan.out / "logs" / f"{name.replace(' ', '-')}.log")
+        with console.status(f"loading {name}"):
+            worker.start()
+    except EngineError as error:
+        console.print(f"[yellow]{error}[/yellow]")
+        return error
+    return worker
+
+
+def interpreter(folder: Path, installs: Sequence[Sequence[str]]) -> Path:
+    """Python of an environment that holds these packages; made when there is none.
+
+    Raises:
+        EngineError: when pip cannot install them.
+    """
+    python, stamp = folder / "bin" / "python", folder / "installed.txt"
+    wanted = "\n".join(" ".join(packages) for packages in installs)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return python.absolute()
+    with console.status(f"making {folder}"):
+        venv.create(folder, with_pip=True, clear=True)
+        for packages in installs:
+            call = [str(python), "-m", "pip", "install", "--quiet", *packages]
+            done = subprocess.run(call, capture_output=True, text=True)
+            if done.returncode:
+                said = " | ".join(done.stderr.strip().splitlines()[-2:])
+                raise EngineError(f"pip could not install {' '.join(packages)} into {folder}: {said}")
+    stamp.write_text(wanted)
+    return python.absolute()
+
+
+def _note(errors: dict[str, EngineError]) -> Callable[[Contender, EngineError], None]:
+    def note(contender: Contender, error: EngineError) -> None:
+        errors[contender.name] = error
+
+    return note
+
+
+def told(engine: str, worker: Worker | EngineError, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker said about itself, where it differs from what is known."""
+    about = worker.about if isinstance(worker, Worker) else {}
+    return {
+        name if name not in known else f"{name} of {engine}": value
+        for name, value in about.items()
+        if known.get(name) != value
+    }
+
+
+def command() -> str:
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    start = f"OMP_WAIT_POLICY={policy} " if policy else ""
+    return start + shlex.join(["python", "benchmarks/others.py", *sys.argv[1:]])
+
+
+def save(report: EngineReport, out: Path, markdown_file: Path) -> tuple[Path, Path, Path]:
+    written = report.save(out / "others.json"), plot_engines(report, out / "others.png")
+    markdown_file.parent.mkdir(parents=True, exist_ok=True)
+    markdown_file.write_text(markdown(report))
+    return *written, markdown_file
+
+
+def table(report: EngineReport) -> Table:
+    """Medians with the range over the rounds."""
+    view = Table(title=f"{report.model}, {report.threads} threads", caption=headline(report), caption_justify="left")
+    for index, column in enumerate(COLUMNS):
+        view.add_column(column, justify="left" if 0 < index < 4 else "right")
+    previous = None
+    for line in report.lines:
+        if previous not in (None, line.prompt_tokens):
+            view.add_section()
+        previous = line.prompt_tokens
+        view.add_row(*cells(line), style="bold" if line.is_baseline else None)
+    return view
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

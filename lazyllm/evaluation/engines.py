@@ -1,0 +1,221 @@
+"""Engines side by side on the same prompts: what each took, and how much of the unmodified model's reply it gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lazyllm.errors import EngineError
+from lazyllm.evaluation.bench import Contender, Spread, Timing
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contender, and what it runs on.
+
+    Attributes:
+        contender: it, under a name of its own.
+        engine: the program.
+        run: what it does there, e.g. a preset or a file type.
+        dtype: of the weights.
+    """
+
+    contender: Contender
+    engine: str
+    run: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EngineLine:
+    """One entrant at one prompt length.
+
+    Attributes:
+        engine, run, dtype: as in `Entrant`.
+        prompt_tokens, new_tokens: lengths.
+        ttft_seconds, seconds_per_output_token: over the rounds; None when there is none.
+        ttft_speedup, decode_speedup: the baseline's median over this one's.
+        computed_fraction: share of the prompt's layer-tokens that prefill computes.
+        kept_fraction: share of the prompt's K/V that is kept after prefill.
+        same_tokens: how many tokens of its reply equal the baseline's, from the first on.
+        is_baseline: whether this is the fastest unmodified run of transformers.
+        ttft_samples: by round.
+        error: why there is no figure.
+    """
+
+    engine: str
+    run: str
+    dtype: str
+    prompt_tokens: int
+    new_tokens: int
+    ttft_seconds: Spread | None = None
+    seconds_per_output_token: Spread | None = None
+    ttft_speedup: float | None = None
+    decode_speedup: float | None = None
+    computed_fraction: float | None = None
+    kept_fraction: float | None = None
+    same_tokens: int | None = None
+    is_baseline: bool = False
+    ttft_samples: tuple[float, ...] = ()
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Engine, run and dtype."""
+        return f"{self.engine} {self.run}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """Lines, and what they were taken on.
+
+    Attributes:
+        model: name of the weights.
+        threads, rounds: of every engine.
+        command: what was called.
+        environment: versions and the machine.
+        lines: results.
+    """
+
+    model: str
+    threads: int
+    rounds: int
+    command: str
+    environment: Mapping[str, Any]
+    lines: Sequence[EngineLine]
+
+    def save(self, path: Path) -> Path:
+        """Writes it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"version": 1, **asdict(self)}, indent=2))
+        return path
+
+
+def line_up(
+    entrants: Sequence[Entrant],
+    timings: Mapping[str, Sequence[Timing]],
+    errors: Mapping[str, EngineError],
+    prompt_tokens: int,
+    new_tokens: int,
+) -> list[EngineLine]:
+    """One line per entrant; speedups are over the unmodified run with the shortest median TTFT, where one ran."""
+    first = {name: Spread.of([ttft for ttft, _ in runs]) for name, runs in timings.items()}
+    further = {name: _known([per_token for _, per_token in runs]) for name, runs in timings.items()}
+    stock = [entry for entry in entrants if entry.contender.is_stock and entry.contender.name in first]
+    baseline = min(stock, key=lambda entry: first[entry.contender.name].median, default=None)
+
+    def one(entry: Entrant) -> EngineLine:
+        name = entry.contender.name
+        same = (entry.engine, entry.run, entry.dtype, prompt_tokens, new_tokens)
+        if name not in first:
+            return EngineLine(*same, error=str(errors[name]))
+        base = baseline.contender if baseline is not None else None
+        return EngineLine(
+            *same,
+            ttft_seconds=first[name],
+            seconds_per_output_token=further[name],
+            ttft_speedup=_ratio(first[base.name], first[name]) if base is not None else None,
+            decode_speedup=_ratio(further[base.name], further[name]) if base is not None else None,
+            computed_fraction=entry.contender.prefill_computed_fraction,
+            kept_fraction=entry.contender.kept_fraction,
+            same_tokens=_equal_from_start(base.reply, entry.contender.reply) if base is not None else None,
+            is_baseline=entry is baseline,
+            ttft_samples=tuple(ttft for ttft, _ in timings[name]),
+        )
+
+    return [one(entry) for entry in entrants]
+
+
+COLUMNS = (
+    "prompt",
+    "engine",
+    "run",
+    "dtype",
+    "TTFT, seconds",
+    "speedup",
+    "ms per output token",
+    "tokens per second",
+    "speedup",
+    "computed",
+    "K/V kept",
+    "same tokens",
+)
+
+
+def cells(line: EngineLine) -> list[str]:
+    """A line as text, by `COLUMNS`."""
+    what = [f"{line.prompt_tokens:,}", line.engine, line.run, line.dtype]
+    if line.ttft_seconds is None:
+        return [*what, "failed", *[""] * (len(COLUMNS) - len(what) - 1)]
+    per_token = line.seconds_per_output_token
+    return [
+        *what,
+        spread_text(line.ttft_seconds, 1, 2),
+        _times(line.ttft_speedup),
+        spread_text(per_token, 1000, 0) if per_token else "",
+        f"{1 / per_token.median:.1f}" if per_token else "",
+        _times(line.decode_speedup),
+        f"{line.computed_fraction:.0%}",
+        f"{line.kept_fraction:.0%}",
+        "" if line.same_tokens is None else f"{line.same_tokens} of {line.new_tokens}",
+    ]
+
+
+def markdown(report: EngineReport) -> str:
+    """The report as a Markdown table under a line that says how it was taken; the baselines are bold."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    for line in report.lines:
+        rows.append([f"**{cell}**" if line.is_baseline and cell else cell for cell in map(_escaped, cells(line))])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    reasons = "".join(f"\n- {_escaped(reason)}" for reason in failures(report))
+    return f"```bash\n{report.command}\n```\n\n{headline(report)}\n\n{table}\n" + (reasons and f"{reasons}\n")
+
+
+def failures(report: EngineReport) -> list[str]:
+    """Every reason why something has no figures, with those it holds for."""
+    concerned: dict[str, list[str]] = {}
+    for line in report.lines:
+        if line.error is not None:
+            concerned.setdefault(line.error, []).append(f"{line.name} at {line.prompt_tokens:,}")
+    return [f"{'; '.join(lines)} failed: {error}" for error, lines in concerned.items()]
+
+
+def headline(report: EngineReport) -> str:
+    """What the figures are, in words."""
+    versions = ", ".join(f"{name} {value}" for name, value in report.environment.items())
+    return (
+        f"{report.model}, {report.threads} threads, median (min - max) of {report.rounds} interleaved rounds after a "
+        "warm-up, one engine computing at a time. Speedups are over the fastest unmodified run of transformers at that "
+        "length (bold); *same tokens* counts how far a reply equals that run's. "
+        f"{versions}."
+    )
+
+
+def spread_text(spread: Spread, factor: float, digits: int) -> str:
+    """Median and range, e.g. `1.20 (1.10 - 1.30)`."""
+    low, middle, high = (f"{factor * value:.{digits}f}" for value in (spread.minimum, spread.median, spread.maximum))
+    return f"{middle} ({low} - {high})"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "/").replace("\n", " ")
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _ratio(base: Spread | None, other: Spread | None) -> float | None:
+    return base.median / other.median if base is not None and other is not None else None
+
+
+def _known(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return Spread.of(known) if known else None
+
+
+def _equal_from_start(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
