@@ -75,9 +75,6 @@ def _draw_engines(axes: Any, report: EngineReport, names: Sequence[str], figure:
         colour = BAND_COLOURS[index % len(BAND_COLOURS)]
         axes.barh(at, middles, height, color=colour, label=f"{length:,} tokens")
         axes.errorbar(middles, at, xerr=reach, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
-        if spreads:  # a logarithmic axis needs something to stand on
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
 
 
 def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:
