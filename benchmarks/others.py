@@ -23,7 +23,7 @@ import sys
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -32,19 +32,19 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from ttft import long_text, names, numbers
 
-from lazyllm.errors import EngineError, InputError, LazyLLMError, unknown
+from lazyllm.errors import EngineError, InputError, LazyLLMError
 from lazyllm.evaluation.bench import (
     PREFILL_ONLY,
-    Contender,
-    LazyContender,
-    StockContender,
+    LazyRun,
+    StockRun,
+    TimedRun,
+    Workload,
     environment,
     preset_config,
     run_rounds,
 )
-from lazyllm.evaluation.data import packaged_model, quiet_loading
+from lazyllm.evaluation.data import packaged_model, packaged_text, quiet_loading
 from lazyllm.evaluation.engines import (
     COLUMNS,
     EngineLine,
@@ -57,8 +57,9 @@ from lazyllm.evaluation.engines import (
     markdown,
 )
 from lazyllm.evaluation.export import FILE_TYPES, FileType, write_checkpoint, write_dequantised
+from lazyllm.evaluation.options import names_in, numbers_in
 from lazyllm.evaluation.plots import plot_engines
-from lazyllm.evaluation.workers import FailedContender, Worker, WorkerContender
+from lazyllm.evaluation.workers import FailedRun, Worker, WorkerRun
 from lazyllm.models.loading import dtype_named, load_model
 
 ENGINES = ("transformers", "lazyllm", "llama.cpp", "kvpress")
@@ -114,7 +115,7 @@ class Plan:
 
 def main(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "1024,4096,8000",
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of every contender, after one to warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of everything, after one to warm up.")] = 7,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the replies.")] = 32,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="1,024 tokens, 3 rounds, 8 new tokens, no kvpress.")] = False,
@@ -134,14 +135,14 @@ def main(
     try:
         plan = Plan(
             source=Path(model or packaged_model()),
-            lengths=[1024] if quick else numbers(lengths),
+            lengths=[1024] if quick else numbers_in(lengths),
             rounds=3 if quick else rounds,
             new_tokens=8 if quick else new_tokens,
             threads=threads,
             seed=seed,
-            dtypes=names(dtypes),
-            kernels=names(kernels),
-            presets=names(presets),
+            dtypes=names_in(dtypes),
+            kernels=names_in(kernels),
+            presets=names_in(presets),
             keep=keep or None,
             engines=chosen(only, f"{without},kvpress" if quick else without),
             out=out,
@@ -159,11 +160,9 @@ def chosen(only: str, without: str) -> list[str]:
     Raises:
         InputError: for an unknown one, or when none is left.
     """
-    left_out = [name.strip() for name in without.split(",") if name.strip()]
-    for name in [*names(only), *left_out]:
-        if name not in ENGINES:
-            raise InputError(unknown("engine", name, ENGINES))
-    engines = [name for name in ENGINES if name in names(only) and name not in left_out]
+    wanted = names_in(only, known=ENGINES)
+    left_out = names_in(without, known=ENGINES) if without.strip(", ") else []
+    engines = [name for name in ENGINES if name in wanted and name not in left_out]
     if not engines:
         raise InputError(f"no engine is left of {only!r} without {without!r}")
     return engines
@@ -195,7 +194,7 @@ def compare_engines(plan: Plan, markdown_file: Path) -> None:
             f"context of {model.config.max_position_embeddings}"
         )
     about = {name: value for name, value in environment(model).items() if name != "threads"}
-    text = long_text(tokenizer, max(plan.lengths))
+    text = packaged_text(tokenizer, max(plan.lengths))
     question = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
     order = random.Random(plan.seed)
     lines: list[EngineLine] = []
@@ -204,16 +203,15 @@ def compare_engines(plan: Plan, markdown_file: Path) -> None:
             about |= told(name.partition(" ")[0], worker, about)
         task = bar.add_task("", total=len(plan.lengths) * (plan.rounds + 1))
         for length in plan.lengths:
-            prompt = [*text[: length - len(question)], *question]
-            query = (length - len(question), length)
+            asked_from = length - len(question)
+            work = Workload([[*text[:asked_from], *question]], plan.new_tokens, [(asked_from, length)])
             errors: dict[str, EngineError] = {}
-            entrants = field(plan, networks, running, prompt, query)
+            entrants = field(plan, networks, running, work)
             bar.update(task, description=f"{length:,} tokens")
             timings = run_rounds(
-                [entry.contender for entry in entrants],
-                prompt,
+                [entry.timed for entry in entrants],
+                work,
                 plan.rounds,
-                plan.new_tokens,
                 order,
                 on_round=lambda *_: bar.advance(task),
                 on_error=_note(errors),
@@ -237,53 +235,45 @@ def load(plan: Plan) -> tuple[dict[str, Any], Any]:
 
 
 def field(
-    plan: Plan,
-    networks: Mapping[str, Any],
-    running: Mapping[str, Worker | EngineError],
-    prompt: Sequence[int],
-    query: tuple[int, int],
+    plan: Plan, networks: Mapping[str, Any], running: Mapping[str, Worker | EngineError], work: Workload
 ) -> list[Entrant]:
     """Everyone who takes part at one prompt length."""
     entrants: list[Entrant] = []
     for dtype, network in networks.items():
         if "transformers" in plan.engines:
-            entrants += [entrant(StockContender(network, name), "transformers", name, dtype) for name in plan.kernels]
+            entrants += [entrant(StockRun(network, name), "transformers", name, dtype) for name in plan.kernels]
         if "lazyllm" in plan.engines:
             entrants += [
-                entrant(LazyContender(network, name, preset_config(name), query=query), "lazyllm", name, dtype)
-                for name in plan.presets
+                entrant(LazyRun(network, name, preset_config(name)), "lazyllm", name, dtype) for name in plan.presets
             ]
     if "llama.cpp" in plan.engines:
         own, *written = file_types(plan.source)
         entrants.append(entrant(away(running[f"llama.cpp {own}"]), "llama.cpp", "the file", own))
         entrants += [entrant(away(running[f"llama.cpp {kind}"]), "llama.cpp", "dequantised", kind) for kind in written]
     if "kvpress" in plan.engines:
-        kept = plan.keep or kept_by_lazyllm(entrants, prompt)
+        kept = plan.keep or kept_by_lazyllm(entrants, work)
         for dtype in plan.dtypes:
             for press in PRESSES:
                 request = {"press": press, "compression_ratio": 1 - kept}
-                contender = away(running[f"kvpress {dtype}"], request, kept)
-                entrants.append(entrant(contender, "kvpress", press, dtype))
+                entrants.append(entrant(away(running[f"kvpress {dtype}"], request), "kvpress", press, dtype))
     return entrants
 
 
-def kept_by_lazyllm(entrants: Sequence[Entrant], prompt: Sequence[int]) -> float:
+def kept_by_lazyllm(entrants: Sequence[Entrant], work: Workload) -> float:
     """Share of the prompt's K/V that the first of lazyllm's runs keeps."""
-    contender = next(entry.contender for entry in entrants if entry.engine == "lazyllm")
-    contender.run(prompt, 1)
-    return contender.kept_fraction
+    timed = next(entry.timed for entry in entrants if entry.engine == "lazyllm")
+    timed.run(replace(work, new_tokens=1))
+    return timed.kept_fraction
 
 
-def entrant(contender: Contender, engine: str, run: str, dtype: str) -> Entrant:
-    contender.name = f"{engine} {run}, {dtype}"
-    return Entrant(contender, engine, run, dtype)
+def entrant(timed: TimedRun, engine: str, run: str, dtype: str) -> Entrant:
+    timed.name = f"{engine} {run}, {dtype}"
+    return Entrant(timed, engine, run, dtype)
 
 
-def away(worker: Worker | EngineError, request: Mapping[str, Any] | None = None, kept: float = 1.0) -> Contender:
-    """A worker's contender, or one that says why there is none."""
-    if isinstance(worker, EngineError):
-        return FailedContender("", worker)
-    return WorkerContender("", worker, request=request, kept_fraction=kept)
+def away(worker: Worker | EngineError, request: Mapping[str, Any] | None = None) -> TimedRun:
+    """A worker's run, or one that says why there is none."""
+    return FailedRun("", worker) if isinstance(worker, EngineError) else WorkerRun("", worker, request=request)
 
 
 def file_types(source: Path) -> list[str]:
@@ -364,9 +354,9 @@ def interpreter(folder: Path, installs: Sequence[Sequence[str]]) -> Path:
     return python.absolute()
 
 
-def _note(errors: dict[str, EngineError]) -> Callable[[Contender, EngineError], None]:
-    def note(contender: Contender, error: EngineError) -> None:
-        errors[contender.name] = error
+def _note(errors: dict[str, EngineError]) -> Callable[[TimedRun, EngineError], None]:
+    def note(timed: TimedRun, error: EngineError) -> None:
+        errors[timed.name] = error
 
     return note
 

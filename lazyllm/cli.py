@@ -1,23 +1,26 @@
-"""The command line: generate, list the policies, look into a configuration."""
+"""The command line: generate, list the policies, look into a configuration, predict what a prompt costs."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.caches import CACHES
 from lazyllm.callbacks import ProgressBar, TokenTrace
 from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
+from lazyllm.costs import Cost, Device, ModelShape, Prediction, calibrate, predict
+from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError, LazyLLMError
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
 from lazyllm.pipeline import LazyPipeline
@@ -29,6 +32,7 @@ from lazyllm.result import GenerationResult
 
 try:
     import typer
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -38,6 +42,8 @@ except ImportError as missing:
     ) from None
 
 WARM_UP_TOKENS = 8
+
+Numeric = TypeVar("Numeric", int, float)
 
 app = typer.Typer(
     help="Long prompts made fast on any Hugging Face decoder.", no_args_is_help=True, add_completion=False
@@ -163,9 +169,9 @@ def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict
     return {"do_sample": sample} | ({"temperature": temperature} if temperature is not None else {})
 
 
-def _check_outputs(stats_json: Path | None, plot: Path | None, trace: Path | None) -> None:
+def _check_outputs(stats_json: Path | None, plot: Path | None, trace: Path | None, *others: Path | None) -> None:
     """Refuses what could not be written before time is spent on a model."""
-    for path in (stats_json, plot, trace):
+    for path in (stats_json, plot, trace, *others):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     if trace is not None and trace.suffix not in (".json", ".npz"):
@@ -324,6 +330,128 @@ def inspect_config(
     Console().print(table)
     adapts = "at most " if any(cut.adapts for cut in cuts.values()) else ""
     typer.echo(f"linear work of a prefill: {adapts}{bound / layers:.1%} of dense, protected tokens not counted")
+
+
+# -- predict -----------------------------------------------------------------------------------------
+
+
+@app.command("predict")
+@_errors_as_lines()
+def predict_costs(
+    model: Annotated[str, typer.Argument(help="A shape's name, or a folder with a config.json.")],
+    preset: Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")] = "recommended",
+    scorer: Annotated[str | None, typer.Option(help="Instead of the preset's: 'WindowAttention(window=16)'.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Instead of the preset's: 'Stages({9: 0.7})'.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Instead of the preset's: 'AuxCache(decode=\"reuse\")'.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="Tokens at the start that are never pruned.")] = None,
+    recent: Annotated[int | None, typer.Option(help="Tokens at the end that are never pruned.")] = None,
+    device: Annotated[
+        str, typer.Option(help=f"A device's name, {HERE!r} to measure this machine, or a .json file.")
+    ] = "h100-sxm",
+    parallel: Annotated[int, typer.Option(help="Devices that share every layer.")] = 1,
+    tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = "8192,32768,131072",
+    asked: Annotated[bool, typer.Option("--asked/--unasked", help="Whether the prompt asks a question.")] = True,
+    kept: Annotated[
+        str | None, typer.Option(help="Share of the context behind a cut that adapts: '0:0.48,1:0.22'.")
+    ] = None,
+    stats_json: Annotated[Path | None, typer.Option(help="Write the predictions as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw where the time to the first token goes.")] = None,
+    save_device: Annotated[Path | None, typer.Option(help="Write the device's numbers as JSON.")] = None,
+) -> None:
+    """Predicts times and memory, dense and pruned; loads no weights."""
+    config = _config(preset, scorer, schedule, cache, sinks, recent)
+    lengths = [_read_as(int, text, "--tokens", "8192,32768") for text in tokens.split(",")]
+    shares = _kept(kept)
+    _check_outputs(stats_json, plot, None, save_device)
+    shape, numbers = _shape(model), _device(device)
+    predictions = [
+        predict(shape, config, numbers, tokens=length, parallel=parallel, asked=asked, kept=shares)
+        for length in lengths
+    ]
+    Console().print(_predictions(predictions))
+    typer.echo("\n".join(_limits(predictions)))
+    try:
+        if save_device is not None:
+            numbers.save(save_device)
+        if stats_json is not None:
+            data = [prediction.to_dict() for prediction in predictions]
+            stats_json.write_text(json.dumps(data, indent=2), encoding="utf-8")
+        if plot is not None:
+            from lazyllm.evaluation.plots import plot_prediction
+
+            plot_prediction({model: predictions}, plot)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write the results: {error}") from None
+
+
+def _shape(model: str) -> ModelShape:
+    """A named shape, or that of a folder's configuration; nothing is downloaded."""
+    if not Path(model).is_dir():
+        return ModelShape.named(model)
+    try:
+        return ModelShape.of(AutoConfig.from_pretrained(model, local_files_only=True))
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"cannot read the configuration of the model {model!r}: {reason}") from None
+
+
+def _device(name: str) -> Device:
+    if name == HERE:
+        console = Console(stderr=True)
+        with console.status("measuring this machine") as status:
+            return calibrate(on_part=lambda part: status.update(f"measuring this machine: {part}"))
+    return Device.load(name) if Path(name).suffix == ".json" else Device.named(name)
+
+
+def _read_as(kind: type[Numeric], text: str, option: str, example: str) -> Numeric:
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"{option} is written like {example}, got {text!r}") from None
+
+
+def _kept(text: str | None) -> dict[int, float]:
+    """Layer and share from `0:0.48,1:0.22`."""
+    pairs = [part.partition(":") for part in text.split(",")] if text else []
+    example = "0:0.48,1:0.22"
+    return {_read_as(int, at, "--kept", example): _read_as(float, share, "--kept", example) for at, _, share in pairs}
+
+
+def _predictions(predictions: Sequence[Prediction]) -> Table:
+    """Each length as two rows."""
+    first = predictions[0]
+    group = f"{first.parallel} x {first.device}" if first.parallel > 1 else first.device
+    table = Table("prompt", "run", title=f"predicted on {group}", box=SIMPLE, collapse_padding=True)
+    for column in ("TTFT s", "speedup", "ms/token", "K/V GB", "aux GB", "all GB", "fits"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for prediction in predictions:
+        table.add_row(f"{prediction.tokens:,}", "dense", *_costs(prediction.dense, 1.0))
+        table.add_row("", "pruned", *_costs(prediction.pruned, prediction.speedup), end_section=True)
+    return table
+
+
+def _costs(cost: Cost, speedup: float) -> tuple[str, ...]:
+    return (
+        f"{cost.ttft_seconds:,.3f}",
+        f"{speedup:.2f}x",
+        f"{1000 * cost.seconds_per_output_token:.1f}",
+        *(f"{size / 1e9:.1f}" for size in (cost.kv_bytes, cost.aux_bytes, cost.device_bytes)),
+        "yes" if cost.fits else "no",
+    )
+
+
+def _limits(predictions: Sequence[Prediction]) -> Iterator[str]:
+    """What bounds the longest prompt's speedup, and what the figures rest on."""
+    last = max(predictions, key=lambda prediction: prediction.tokens)
+    least = last.break_even_tokens
+    yield "pruning pays " + (f"from {least:,} tokens on" if least else "at no length")
+    yield f"limit at {last.tokens:,} tokens: {last.keep_limit:.2f}x by the mean share that enters a layer"
+    if last.layer_limit is not None:
+        yield f"limit however little is kept: {last.layer_limit:.2f}x by the layers that everything enters"
+    for layer, share in last.kept.items():
+        source = "assumed, as measured on HotpotQA prompts" if layer in last.assumed else "given"
+        yield f"kept at layer {layer}: {share:.1%} of the context ({source})"
+    yield from last.notes
 
 
 def main() -> None:

@@ -22,10 +22,15 @@ PAPER_STAGES: dict[int | float, float] = {0.3: 0.7, 0.6: 0.49, 0.9: 0.343}
 
 
 class LazyConfig(Policy):
-    """Scorer, schedule, cache and protected tokens. Defaults are the paper's.
+    """Scorer, schedule, cache, protected tokens, and how many tokens a layer takes at once. Defaults are the paper's.
 
     Each policy may be given as an object, a name, a call such as `"WindowAttention(window=16)"`, or a
     mapping with a `name`; classes outside the registries by import path, `"my_module:MyScorer"`.
+
+    Attributes:
+        scorer, schedule, cache, protect: the policies.
+        chunk: most tokens a layer computes at once. A longer step goes through each layer in pieces, so that its
+            activations do not grow with the prompt; what is kept is still chosen from the whole prompt.
 
     Raises:
         ConfigError: for anything that cannot be, with the nearest name that exists.
@@ -37,6 +42,7 @@ class LazyConfig(Policy):
         default_factory=AuxCache
     )
     protect: Protect = Field(default_factory=Protect)
+    chunk: Annotated[int, Field(ge=1)] = 4096
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `LazyConfig(**data)` turns back into this object."""

@@ -23,31 +23,36 @@ def is_ascending(tokens: Tensor) -> bool:
 
 
 class GrowingBuffer:
-    """A tensor that grows along one axis by at least half of its size, so that appending is cheap.
+    """A tensor that grows along one axis by half of its size, but not by more than a step, so that appending is cheap.
 
     Attributes:
         length: entries in use.
     """
 
     HEADROOM = 64
+    STEP = 1024
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
-        self.length = 0
+        self.length = self._reserved = 0
         self._data: Tensor | None = None
+
+    def reserve(self, length: int) -> None:
+        """Says that so many entries in all are about to be added: the next growth makes room for them."""
+        self._reserved = length
 
     def append(self, entries: Tensor) -> None:
         """Adds entries behind the last one."""
         added = entries.shape[self.axis]
         if self._data is None or self.length + added > self._data.shape[self.axis]:
-            self._grow(entries, self.length + added)
+            self._grow(entries, max(self.length + added, self._reserved))
         assert self._data is not None
         self._data.narrow(self.axis, self.length, added).copy_(entries)
         self.length += added
 
     def _grow(self, like: Tensor, needed: int) -> None:
         shape = list(like.shape)
-        shape[self.axis] = max(needed + self.HEADROOM, self.length + self.length // 2)
+        shape[self.axis] = max(needed + self.HEADROOM, self.length + min(self.length // 2, self.STEP))
         grown = like.new_empty(shape)
         if self._data is not None:
             grown.narrow(self.axis, 0, self.length).copy_(self.read())

@@ -33,7 +33,7 @@ from lazyllm.policies.base import Schedule, Scorer
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
-from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
+from lazyllm.prompts import EncodedPrompt, Prompt, encode, end_token_ids, is_batch, pad_left
 from lazyllm.result import GenerationResult, GenerationStats, StepRecorder, make_stats
 
 
@@ -49,6 +49,7 @@ class LazyPipeline:
         schedule: fraction of the context that may enter each layer.
         cache: what happens to pruned tokens, and what is attended.
         protect: tokens that are never pruned.
+        chunk: most tokens a layer computes at once.
         callbacks: told about layers, steps and generations.
 
     Raises:
@@ -65,9 +66,10 @@ class LazyPipeline:
         schedule: Schedule | str | Mapping[str, Any] | None = None,
         cache: CachePolicy | str | Mapping[str, Any] | None = None,
         protect: Protect | Mapping[str, Any] | None = None,
+        chunk: int | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        given = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect}
+        given = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect, "chunk": chunk}
         self.config = LazyConfig(**{name: policy for name, policy in given.items() if policy is not None})
         self.tokenizer = tokenizer
         self.callbacks = tuple(callbacks)
@@ -91,15 +93,7 @@ class LazyPipeline:
     ) -> LazyPipeline:
         """A pipeline, or a recipe, from a configuration."""
         config = config if isinstance(config, LazyConfig) else LazyConfig(**config)
-        return cls(
-            model,
-            tokenizer,
-            scorer=config.scorer,
-            schedule=config.schedule,
-            cache=config.cache,
-            protect=config.protect,
-            callbacks=callbacks,
-        )
+        return cls(model, tokenizer, **dict(config), callbacks=callbacks)
 
     @classmethod
     def from_preset(
@@ -126,6 +120,7 @@ class LazyPipeline:
         schedule: Schedule | str | Mapping[str, Any] | None = None,
         cache: CachePolicy | str | Mapping[str, Any] | None = None,
         protect: Protect | Mapping[str, Any] | None = None,
+        chunk: int | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> LazyPipeline:
         """Loads a model and its tokenizer from a hub id, a folder or a GGUF file.
@@ -133,7 +128,7 @@ class LazyPipeline:
         Policies that are given replace those of the preset; without a preset the others are the paper's.
         """
         base = dict(LazyConfig.preset(preset)) if preset is not None else {}
-        own = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect}
+        own = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect, "chunk": chunk}
         policies = base | {name: policy for name, policy in own.items() if policy is not None}
         recipe = cls(**policies, callbacks=callbacks)
         return recipe.bind(*load_model(path_or_id, gguf_file=gguf_file, dtype=dtype, device_map=device_map))
@@ -174,7 +169,8 @@ class LazyPipeline:
         Raises:
             AttachError: when the model is attached already.
         """
-        with attached(self.model, self._selector, (*self.callbacks, *callbacks), missing=missing):
+        everyone = (*self.callbacks, *callbacks)
+        with attached(self.model, self._selector, everyone, missing=missing, chunk=self.config.chunk):
             yield self.model
 
     def generate(
@@ -268,14 +264,9 @@ class LazyPipeline:
                 )
 
     def _pad_token_id(self, options: Mapping[str, Any]) -> int:
-        ends = self._end_token_ids(options)
+        ends = end_token_ids(self.model, options)
         candidates = [options.get("pad_token_id"), getattr(self.model.generation_config, "pad_token_id", None), *ends]
         return next((token for token in candidates if token is not None), 0)
-
-    def _end_token_ids(self, options: Mapping[str, Any]) -> list[int]:
-        config = options.get("generation_config") or self.model.generation_config
-        ends = options.get("eos_token_id", config.eos_token_id)
-        return [] if ends is None else [int(end) for end in torch.as_tensor(ends).flatten()]
 
     def _results(
         self,
@@ -294,7 +285,7 @@ class LazyPipeline:
         results = []
         for index, sequence in enumerate(sequences.tolist()):
             prompt = index // each
-            new = _until_end(sequence[width:], self._end_token_ids(options))
+            new = _until_end(sequence[width:], end_token_ids(self.model, options))
             per_prompt = len(recorder.steps[0]) // len(prompts)
             rows = range(prompt * per_prompt, (prompt + 1) * per_prompt)
             stats = make_stats(

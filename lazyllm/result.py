@@ -192,23 +192,13 @@ def _computed_fraction(steps: list[StepCount], layers: int) -> float:
 
 
 def _flops(step: StepCount, costs: FlopModel) -> int:
-    work = sum(
-        costs.per_token[layer] * count.computed + costs.attention(layer, pairs)
-        for layer, (count, pairs) in enumerate(zip(step.layers, step.pairs, strict=True))
-    )
-    return work + costs.per_logits * bool(step.new_tokens)
+    return costs.total([count.computed for count in step.layers], step.pairs) + costs.per_logits * bool(step.new_tokens)
 
 
 def _dense_flops(step: StepCount, costs: FlopModel, windows: Sequence[int | None]) -> int:
     before = step.context_tokens - step.new_tokens
-    work = sum(
-        per_token * step.new_tokens
-        + costs.attention(
-            layer, causal_pairs(step.context_tokens, windows[layer]) - causal_pairs(before, windows[layer])
-        )
-        for layer, per_token in enumerate(costs.per_token)
-    )
-    return work + costs.per_logits * bool(step.new_tokens)
+    pairs = [causal_pairs(step.context_tokens, window) - causal_pairs(before, window) for window in windows]
+    return costs.total([step.new_tokens] * len(pairs), pairs) + costs.per_logits * bool(step.new_tokens)
 
 
 def _ratio(above: float, below: float) -> float:

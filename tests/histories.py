@@ -177,11 +177,12 @@ def schedules(first: int = 1, layers: int = LAYERS) -> st.SearchStrategy[Schedul
 
 
 @st.composite
-def policies(draw) -> dict[str, Scorer | Schedule | Protect]:
-    """A scorer and a schedule that fit each other, before layer 0 too where no attention is read; and protection."""
+def policies(draw) -> dict[str, Scorer | Schedule | Protect | int]:
+    """A scorer and a schedule that fit each other, before layer 0 too where no attention is read; and the rest."""
     scorer = draw(SCORERS)
     first = 1 if scorer.needs_attention else 0
-    return {"scorer": scorer, "schedule": draw(schedules(first)), "protect": draw(PROTECT)}
+    chunk = draw(st.sampled_from([4096, 4096, 1, 3, 8]))
+    return {"scorer": scorer, "schedule": draw(schedules(first)), "protect": draw(PROTECT), "chunk": chunk}
 
 
 @st.composite

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lazyllm.callbacks import LayerEnd
+from tests.histories import History
+
+TOLERANCE = 1e-12
 
 
 class ReplayStack(nn.Module):
@@ -84,3 +87,19 @@ def replay(
     finally:
         decoder.layers = original
     return logits, stack.states
+
+
+def assert_replays(history: History) -> None:
+    """Every logit row a history returned equals the replay's."""
+    for row, ids in enumerate(history.ids):
+        if not ids:
+            continue
+        expected, _ = replay(history.pipe.model, torch.tensor(ids), history.steps, row)
+        for logits, tokens in zip(history.logits, history.tokens, strict=True):
+            real = tokens[row] >= 0
+            got = logits[row, real]
+            reached = ~got.isnan().any(-1)
+            if real.any():
+                assert reached[-1], "the last token of a step has logits"
+            wanted = expected[tokens[row][real]]
+            torch.testing.assert_close(got[reached], wanted[reached], rtol=0, atol=TOLERANCE * 100)

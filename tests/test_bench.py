@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lazyllm import InputError, LazyPipeline
+from lazyllm import Constant, DropCache, InputError, LazyConfig, LazyPipeline
 from lazyllm.evaluation import bench, data
 from lazyllm.evaluation.plots import plot_bench
 
@@ -70,23 +70,32 @@ def test_predictions_come_from_the_counted_work(report):
 
 
 def test_the_unmodified_model_replies_as_the_dense_preset_does(model):
-    stock = model.generate(
-        torch.tensor([IDS]), attention_mask=torch.ones(1, len(IDS), dtype=torch.long), **bench.reply_options(4)
-    )
-    lazy = LazyPipeline.from_preset("dense", model).generate(IDS, **bench.reply_options(4))
-    assert lazy.token_ids == stock[0, len(IDS) :].tolist()
+    stock, dense = bench.StockRun(model, "sdpa"), bench.LazyRun(model, "dense", bench.preset_config("dense"))
+    for run in (stock, dense):
+        timing = run.run(bench.Workload([IDS, IDS[:30]], 4))
+        assert len(timing.step_seconds) == 3
+        assert run.kept_fraction == 1
+    assert stock.replies == dense.replies
+    assert [len(reply) for reply in stock.replies] == [4, 4]
 
 
-def test_every_round_runs_everyone_and_the_first_one_does_not_count(model):
-    class Noting(bench.Contender):
-        def run(self, token_ids, new_tokens):
+def test_what_is_kept_is_the_share_of_the_keys_and_values_in_the_cache(model):
+    config = LazyConfig(schedule=Constant(keep=0.5, start=6), cache=DropCache())
+    run = bench.LazyRun(model, "four layers of ten keep half", config)
+    run.run(bench.Workload([IDS], 2))
+    assert run.kept_fraction == pytest.approx(0.8)
+
+
+def test_every_round_runs_everyone_and_the_first_one_does_not_count():
+    class Noting(bench.TimedRun):
+        def run(self, work):
             ran.append(self.name)
-            return 1.0, None
+            return bench.Timing(1.0)
 
     ran, rounds = [], []
     field = [Noting(name, is_stock=True) for name in "abc"]
     timings = bench.run_rounds(
-        field, IDS, 3, 1, random.Random(0), lambda length, number: rounds.append((length, number))
+        field, bench.Workload([IDS], 1), 3, random.Random(0), lambda length, number: rounds.append((length, number))
     )
     assert [sorted(ran[start : start + 3]) for start in range(0, 12, 3)] == [["a", "b", "c"]] * 4
     assert len({tuple(ran[start : start + 3]) for start in range(0, 12, 3)}) > 1

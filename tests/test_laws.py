@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from lazyllm import AuxCache, Constant, LastTokenAttention, LazyPipeline, PerPhase, Random, ScoreContext, Scorer, Stages
 from lazyllm.caches.store import KeyValueStore
 from tests.histories import AUX_CACHES, CACHES, History, new_history, policies, scripts
-from tests.replay import replay
+from tests.replay import assert_replays, replay
 from tests.tiny import FAMILY_KERNELS, LAYERS, random_ids, tiny_model
-
-TOLERANCE = 1e-12
 
 
 @st.composite
@@ -22,22 +20,6 @@ def histories(draw, cache=CACHES) -> History:
     for ids, real in draw(scripts(rows)):
         history.step(ids, real)
     return history
-
-
-def assert_replays(history: History, positions=None) -> None:
-    """Every logit row a history returned equals the replay's."""
-    for row, ids in enumerate(history.ids):
-        if not ids:
-            continue
-        expected, _ = replay(history.pipe.model, torch.tensor(ids), history.steps, row)
-        for logits, tokens in zip(history.logits, history.tokens, strict=True):
-            real = tokens[row] >= 0
-            got = logits[row, real]
-            reached = ~got.isnan().any(-1)
-            if real.any():
-                assert reached[-1], "the last token of a step has logits"
-            wanted = expected[tokens[row][real]]
-            torch.testing.assert_close(got[reached], wanted[reached], rtol=0, atol=TOLERANCE * 100)
 
 
 @given(histories())

@@ -6,6 +6,7 @@ import random
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from gguf.quants import quantize
 
 from lazyllm import EngineError, InputError
 from lazyllm.evaluation import bench, engines
+from lazyllm.evaluation.bench import Timing, Workload
 from lazyllm.evaluation.export import write_checkpoint, write_dequantised
 from lazyllm.evaluation.plots import plot_engines
-from lazyllm.evaluation.workers import FailedContender, Worker, WorkerContender
+from lazyllm.evaluation.workers import FailedRun, Worker, WorkerRun
 from lazyllm.models.loading import load_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -38,8 +40,8 @@ FAKE = """
             os._exit(3)
         if request["new_tokens"] > 4:
             raise ValueError("no more than 4 tokens")
-        per_token = request.get("per_token", 0.5)
-        return {"ttft_seconds": 2, "seconds_per_output_token": per_token, "token_ids": request["token_ids"][:1]}
+        steps = [request.get("step", 0.5)] * (request["new_tokens"] - 1)
+        return {"ttft_seconds": 2, "step_seconds": steps, "token_ids": request["token_ids"][:1], "kept_tokens": 3}
 
 
     def load():
@@ -52,12 +54,20 @@ FAKE = """
 PROMPT = [5, 6, 7, 8, 9, 10]
 
 
-class Fixed(bench.Contender):
+class Fixed(bench.TimedRun):
     """Takes one second to the first token and a quarter for each of the others."""
 
-    def run(self, token_ids, new_tokens):
-        self.reply = list(token_ids[:new_tokens])
-        return 1.0, 0.25
+    def run(self, work):
+        self.replies = [work.prompts[0][: work.new_tokens]]
+        return timing(1.0, 0.25, work.new_tokens)
+
+
+def asking(new_tokens):
+    return Workload([PROMPT], new_tokens)
+
+
+def timing(first, step, new_tokens=3):
+    return Timing(first, (step,) * (new_tokens - 1))
 
 
 @pytest.fixture
@@ -84,32 +94,38 @@ def others(monkeypatch):
     return importlib.import_module("others")
 
 
-def entrant(contender, engine, run):
-    return engines.Entrant(contender, engine, run, "float32")
+def entrant(timed, engine, run):
+    return engines.Entrant(timed, engine, run, "float32")
 
 
 def test_a_worker_answers_and_what_its_libraries_print_does_not_disturb(start):
     worker = start()
-    contender = WorkerContender("fake", worker, request={"per_token": 0.25}, kept_fraction=0.3)
+    run = WorkerRun("fake", worker, request={"step": 0.25})
     assert worker.about == {"fake": "1.0"}
-    assert contender.run(PROMPT, 2) == (2.0, 0.25)
-    assert contender.reply == PROMPT[:1]
-    assert WorkerContender("other", worker, request={"per_token": None}).run(PROMPT, 1) == (2.0, None)
+    assert run.run(asking(3)) == Timing(2.0, (0.25, 0.25))
+    assert run.replies == [PROMPT[:1]]
+    assert run.kept_fraction == 3 / len(PROMPT)
+    assert run.run(asking(1)) == Timing(2.0)
+
+
+def test_a_worker_takes_no_batch(start):
+    with pytest.raises(InputError, match="fake replies to one prompt at a time, not to 2"):
+        WorkerRun("fake", start()).run(Workload([PROMPT, PROMPT], 1))
 
 
 def test_an_error_is_told_and_the_worker_goes_on(start):
-    contender = WorkerContender("fake", start())
+    run = WorkerRun("fake", start())
     with pytest.raises(EngineError, match="fake: ValueError: no more than 4 tokens"):
-        contender.run(PROMPT, 5)
-    assert contender.run(PROMPT, 4) == (2.0, 0.5)
+        run.run(asking(5))
+    assert run.run(asking(4)) == Timing(2.0, (0.5, 0.5, 0.5))
 
 
 def test_a_dead_worker_leaves_its_code_and_last_words(start):
-    contender = WorkerContender("fake", start(dies_at=2))
-    contender.run(PROMPT, 2)
+    run = WorkerRun("fake", start(dies_at=2))
+    run.run(asking(2))
     for _ in range(2):
         with pytest.raises(EngineError, match=r"fake ended with exit code 3; it last said: .*out of memory"):
-            contender.run(PROMPT, 2)
+            run.run(asking(2))
 
 
 @pytest.mark.parametrize(
@@ -134,21 +150,21 @@ def test_a_worker_that_hangs_or_is_absent_is_given_up(start, tmp_path):
 
 
 def test_an_answer_that_is_no_timing_is_shown(start):
-    contender = WorkerContender("fake", start(FAKE.replace('"ttft_seconds": 2', '"ttft": 2')))
+    run = WorkerRun("fake", start(FAKE.replace('"ttft_seconds": 2', '"ttft": 2')))
     with pytest.raises(EngineError, match=r"no timing.*'ttft': 2"):
-        contender.run(PROMPT, 2)
+        run.run(asking(2))
 
 
-def test_a_contender_whose_engine_fails_drops_out_and_the_others_go_on(start):
-    field = [Fixed("stock", is_stock=True), WorkerContender("dying", start(dies_at=2)), Fixed("lazy", is_stock=False)]
+def test_a_run_whose_engine_fails_drops_out_and_the_others_go_on(start):
+    field = [Fixed("stock", is_stock=True), WorkerRun("dying", start(dies_at=2)), Fixed("lazy", is_stock=False)]
     errors = {}
     timings = bench.run_rounds(
-        field, PROMPT, 3, 2, random.Random(0), on_error=lambda one, error: errors.update({one.name: error})
+        field, asking(2), 3, random.Random(0), on_error=lambda one, error: errors.update({one.name: error})
     )
     assert {name: len(runs) for name, runs in timings.items()} == {"stock": 3, "lazy": 3}
     assert errors.keys() == {"dying"}
     with pytest.raises(EngineError):
-        bench.run_rounds(field, PROMPT, 3, 2, random.Random(0))
+        bench.run_rounds(field, asking(2), 3, random.Random(0))
 
 
 @pytest.fixture
@@ -158,15 +174,20 @@ def report():
     for length in (4, 6):
         stock, lazy = Fixed("a", is_stock=True), Fixed("b", is_stock=False)
         slow = Fixed("c", is_stock=True)
-        stock.reply, lazy.reply, slow.reply = [1, 2, 3], [1, 2, 4], [1]
-        lazy.prefill_computed_fraction = lazy.kept_fraction = 0.25
+        stock.replies, lazy.replies, slow.replies = [[1, 2, 3]], [[1, 2, 4]], [[1]]
+        lazy.kept_fraction = 0.2
+        lazy.stats = [SimpleNamespace(prompt_tokens=length, prefill_computed_fraction=0.25)]
         entrants = [
             entrant(slow, "transformers", "eager"),
             entrant(stock, "transformers", "sdpa"),
             entrant(lazy, "lazyllm", "recommended"),
-            entrant(FailedContender("d", absent), "kvpress", "KNorm"),
+            entrant(FailedRun("d", absent), "kvpress", "KNorm"),
         ]
-        timings = {"a": [(2.0, 0.1), (4.0, 0.1), (6.0, 0.1)], "b": [(1.0, 0.2)] * 3, "c": [(8.0, None)] * 3}
+        timings = {
+            "a": [timing(2.0, 0.1), timing(4.0, 0.1), timing(6.0, 0.1)],
+            "b": [timing(1.0, 0.2)] * 3,
+            "c": [Timing(8.0)] * 3,
+        }
         lines += engines.line_up(entrants, timings, {"d": absent}, length, 3)
     return engines.EngineReport("tiny", 2, 3, "python others.py --rounds 3", {"torch": "1.0"}, lines)
 
@@ -177,14 +198,14 @@ def test_lines_compare_with_the_fastest_unmodified_run(report):
     assert (slow.ttft_speedup, stock.ttft_speedup, lazy.ttft_speedup) == (0.5, 1, 4)
     assert (slow.decode_speedup, lazy.decode_speedup) == (None, 0.5)
     assert (slow.same_tokens, stock.same_tokens, lazy.same_tokens) == (1, 3, 2)
-    assert (lazy.computed_fraction, lazy.kept_fraction) == (0.25, 0.25)
+    assert (lazy.computed_fraction, lazy.kept_fraction) == (0.25, 0.2)
     assert failed.ttft_seconds is None
     assert "could not install" in failed.error
 
 
 def test_without_an_unmodified_run_there_are_times_and_no_speedups():
     lazy = entrant(Fixed("b", is_stock=False), "lazyllm", "recommended")
-    (line,) = engines.line_up([lazy], {"b": [(1.0, 0.2)]}, {}, 4, 3)
+    (line,) = engines.line_up([lazy], {"b": [timing(1.0, 0.2)]}, {}, 4, 3)
     assert (line.ttft_seconds.median, line.ttft_speedup, line.same_tokens) == (1, None, None)
 
 
@@ -197,7 +218,7 @@ def test_the_table_is_markdown_and_says_how_it_was_taken(report):
     assert {row.count("|") for row in rows} == {len(engines.COLUMNS) + 1}
     assert [row.startswith("| **4** | **transformers** | **sdpa** |") for row in rows].index(True) == 3
     assert "4.00 (2.00 - 6.00)" in rows[3]
-    assert "| 1.00 (1.00 - 1.00) | 4.00x | 200 (200 - 200) | 5.0 | 0.50x | 25% | 25% | 2 of 3 |" in rows[4]
+    assert "| 1.00 (1.00 - 1.00) | 4.00x | 200 (200 - 200) | 5.0 | 0.50x | 25% | 20% | 2 of 3 |" in rows[4]
     assert "| failed |" in rows[5]
     assert text.count("could not install it") == 1
 
@@ -220,7 +241,7 @@ def test_a_figure_is_drawn_when_everything_failed(report, tmp_path):
 
 @pytest.mark.parametrize(
     ("only", "without", "message"),
-    [("lama.cpp", "", "Did you mean 'llama.cpp'"), ("kvpress", "vllm", "unknown engine 'vllm'")],
+    [("lama.cpp", "", "Did you mean 'llama.cpp'"), ("kvpress", "vllm", "unknown value 'vllm'")],
 )
 def test_an_unknown_engine_is_named(others, only, without, message):
     with pytest.raises(InputError, match=message):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,12 +46,11 @@ def answer(model: Any, press: Any, token_ids: list[int], new_tokens: int) -> dic
         logits = model(torch.tensor([[reply[-1]]]), past_key_values=cache, position_ids=position).logits
         reply.append(int(logits[0, -1].argmax()))
         times.append(time.perf_counter())
-    gaps = len(times) - 1
     return {
         "ttft_seconds": times[0] - started,
-        "seconds_per_output_token": (times[-1] - times[0]) / gaps if gaps else None,
+        "step_seconds": [after - before for before, after in pairwise(times)],
         "token_ids": reply,
-        "kept_tokens": cache.get_seq_length() - gaps,
+        "kept_tokens": cache.get_seq_length() - (new_tokens - 1),
     }
 
 

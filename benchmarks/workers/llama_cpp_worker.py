@@ -49,7 +49,7 @@ def answer(server: Any, token_ids: list[int], new_tokens: int) -> dict[str, Any]
     failed = server.handle_completions(options, lambda piece: pieces.append((time.perf_counter(), piece)))
     if not pieces or "timings" not in pieces[-1][1]:
         raise RuntimeError(f"no reply: {pieces[-1][1] if pieces else failed}")
-    timings = pieces[-1][1]["timings"]
+    timings, steps = pieces[-1][1]["timings"], new_tokens - 1
     counts = timings["cache_n"], timings["prompt_n"], timings["predicted_n"]
     if counts != (0, len(token_ids), new_tokens):
         raise RuntimeError(
@@ -58,8 +58,9 @@ def answer(server: Any, token_ids: list[int], new_tokens: int) -> dict[str, Any]
         )
     return {
         "ttft_seconds": pieces[0][0] - started,
-        "seconds_per_output_token": timings["predicted_ms"] / 1000 / (new_tokens - 1) if new_tokens > 1 else None,
+        "step_seconds": [timings["predicted_ms"] / 1000 / steps] * steps if steps else [],
         "token_ids": [token["id"] for _, piece in pieces for token in logprobs(piece)],
+        "kept_tokens": len(token_ids),
     }
 
 

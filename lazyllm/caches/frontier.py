@@ -25,11 +25,13 @@ class FrontierStore:
         return torch.tensor(sorted(self._slot), dtype=torch.long)
 
     def put(self, tokens: Tensor, states: Tensor) -> None:
-        """Writes states [a, c] of `tokens` [a]."""
+        """Writes states [a, c] of `tokens` [a]; an empty store takes the tensor itself."""
         slots = [self._slot_for(token) for token in tokens.tolist()]
-        if self._states is None or len(self._slot) + len(self._free) > self._states.shape[0]:
-            self._grow(states)
-        assert self._states is not None
+        if self._states is None:
+            self._states = states
+            return
+        if len(self._slot) + len(self._free) > self._states.shape[0]:
+            self._states = self._grown(self._states)
         self._states.index_copy_(0, torch.tensor(slots, device=self._states.device), states.to(self._states.device))
 
     def _slot_for(self, token: int) -> int:
@@ -37,12 +39,11 @@ class FrontierStore:
             self._slot[token] = self._free.pop() if self._free else len(self._slot)
         return self._slot[token]
 
-    def _grow(self, like: Tensor) -> None:
+    def _grown(self, states: Tensor) -> Tensor:
         used = len(self._slot) + len(self._free)
-        old = self._states
-        self._states = like.new_empty(used if old is None else max(used, old.shape[0] * 3 // 2), like.shape[-1])
-        if old is not None:
-            self._states[: old.shape[0]] = old
+        grown = states.new_empty(max(used, states.shape[0] * 3 // 2), states.shape[-1])
+        grown[: states.shape[0]] = states
+        return grown
 
     def read(self, tokens: Tensor) -> Tensor:
         """States [a, c] of `tokens` [a], each of which must have an entry."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lazyllm.caches.policy import CachePolicy
-from lazyllm.caches.row import PromptMarks, Row, RowMark
+from lazyllm.caches.row import PromptMarks, Row, RowMark, token_counts
 from lazyllm.errors import CacheError, InputError
+from lazyllm.indexing import is_ascending
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,13 @@ class LazyCache(Cache):
 
 
 class LayerView:
-    """What one layer sees of the cache during one step; the only writer of K/V."""
+    """What one layer sees of the cache during one step; the only writer of K/V.
+
+    Attributes:
+        todo: by row, the tokens [t] whose K/V the layer is about to hand over.
+    """
+
+    MANY = 256
 
     def __init__(self, cache: LazyCache, layer: int, todo: list[Tensor], visible: list[Tensor]) -> None:
         self.cache, self.todo, self._visible = cache, todo, visible
@@ -218,6 +227,37 @@ class LayerView:
     def _is_all(self, held: int, todo: Tensor, visible: Tensor) -> bool:
         return bool(todo.numel()) and (self.cache.policy.attend == "cached" or visible.numel() == held + todo.numel())
 
+    def pieces(self, most: int) -> Iterator[tuple[slice, LayerView]]:
+        """Views of at most `most` tokens in order of position, each with its place on the packed axis.
+
+        A piece attends to what comes before it, so each must be stored before the next one is asked for.
+        """
+        counts = token_counts(self.todo)
+        total = sum(counts)
+        if total <= most:
+            yield slice(0, total), self
+            return
+        for store, held, count in zip(self._stores, self._held, counts, strict=True):
+            store.reserve(held + count)
+        ends = list(accumulate(counts))
+        for start in range(0, total, most):
+            stop = min(start + most, total)
+            todo = [
+                tokens[max(start - end + count, 0) : max(stop - end + count, 0)]
+                for tokens, count, end in zip(self.todo, counts, ends, strict=True)
+            ]
+            yield slice(start, stop), self._piece(todo)
+
+    def _piece(self, todo: list[Tensor]) -> LayerView:
+        piece = copy(self)
+        piece.todo = todo
+        piece._held = [len(store) for store in self._stores]
+        piece._visible = [
+            visible[: int(torch.searchsorted(visible, tokens[-1], right=True))] if tokens.numel() else visible
+            for visible, tokens in zip(self._visible, todo, strict=True)
+        ]
+        return piece
+
     def attended_tokens(self, row: int) -> int:
         """How many tokens of a row `update` returns."""
         return self._held[row] + self.todo[row].numel() if self._attends_all[row] else self._visible[row].numel()
@@ -226,7 +266,16 @@ class LayerView:
         """The tokens [k] of a row whose K/V `update` has returned, in that order."""
         if not self._attends_all[row]:
             return self._visible[row]
-        return self._stores[row].tokens if self._held[row] else self.todo[row]
+        tokens = self._stores[row].tokens if self._held[row] else self.todo[row]
+        return tokens.sort().values if self._reorders(row) else tokens
+
+    def _reorders(self, row: int) -> bool:
+        """Whether to hand over keys in order of position, so that early queries need not look at later keys.
+
+        Reviving 4,000 of 4,096 tokens at once takes half of the attention's time this way; a few queries are not worth
+        the copy.
+        """
+        return self.todo[row].numel() >= self.MANY and not is_ascending(self._stores[row].tokens)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores keys and values [1, g, t, d] of the packed todo; returns those attended [1, g, k, d]."""
@@ -241,6 +290,8 @@ class LayerView:
     def _update_row(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         store = self._stores[row]
         store.append(self.todo[row], keys, values)
-        if not self._attends_all[row]:
-            return store.gather(self._visible[row])
-        return store.read() if self._held[row] else (keys, values)
+        if not self._held[row] and self._attends_all[row]:
+            return keys, values
+        if not self._attends_all[row] or self._reorders(row):
+            return store.gather(self.attended(row))
+        return store.read()

@@ -100,6 +100,7 @@ class Step:
         self.flight = self.new
         self.reached = 0
         self._visible: list[Tensor] | None = None
+        self._received: Tensor | None = None
         self.selects = self._selects()
         self.most_revived = None if self.is_prefill else cache.policy.most_revived
 
@@ -238,9 +239,20 @@ class Step:
         """The cache as `layer` sees it."""
         return LayerView(self.cache, layer, self.flight, visible)
 
-    def advance(self, layer: int, states: Tensor) -> None:
-        """Takes the layer's output [1, t, c]: the tokens in flight are one layer deeper."""
-        self.states = states
+    def receive(self, place: slice, states: Tensor) -> None:
+        """Takes the layer's output [1, t, c] for the packed tokens at `place`."""
+        tokens = self.states.shape[1]
+        if place == slice(0, tokens):
+            self._received = states
+            return
+        if self._received is None:
+            self._received = states.new_empty(1, tokens, states.shape[-1])
+        self._received[:, place] = states
+
+    def advance(self, layer: int) -> None:
+        """The tokens in flight, whose output was received, are one layer deeper."""
+        assert self._received is not None, "a layer that ran gave its output"
+        self.states, self._received = self._received, None
         self.reached = layer + 1
         for row, tokens in zip(self.rows, self.flight, strict=True):
             row.ledger.advance(tokens, layer)
@@ -250,13 +262,13 @@ class Step:
         length = len(self.rows[row].ledger)
         if not self._read_last:
             return length, length
-        read = self._real[row] >= self.width - self._read_last
+        read = self._real[row] >= self._first_read
         return length - int(read.sum()), length
 
     # -- closing -------------------------------------------------------------------------------------
 
     def output(self, *, allow_missing: bool) -> Tensor:
-        """The last layer's output as the model expects it, [b, t, c].
+        """The last layer's output as the model expects it, [b, n, c]: all columns, or those that will be read.
 
         A token that was pruned on the way has none: its place holds NaN. A padding column repeats the
         row's last token, so that column -1 predicts the next token on either side of padding.
@@ -268,28 +280,34 @@ class Step:
         reached = [tokens[tokens >= self._first_new(row)] for row, tokens in enumerate(self.flight)]
         for row, states in enumerate(packed):
             if states.shape[0]:
-                self.rows[row].last_output = states[-1]
+                self.rows[row].last_output = states[-1].clone()
         if not allow_missing:
             self._check_read(reached)
+        first = self._first_read
         if all(tokens.numel() == self.width == states.shape[0] for tokens, states in zip(reached, packed, strict=True)):
-            return rearrange(self.states, "1 (b t) c -> b t c", b=self.batch)
-        out = self.states.new_full((self.batch, self.width, self.states.shape[-1]), torch.nan)
+            return rearrange(self.states, "1 (b t) c -> b t c", b=self.batch)[:, first:]
+        out = self.states.new_full((self.batch, self.width - first, self.states.shape[-1]), torch.nan)
         for row, (tokens, states) in enumerate(zip(reached, packed, strict=True)):
-            last_output = self.rows[row].last_output
-            if last_output is not None and self._real[row].numel() < self.width:
-                out[row] = repeat(last_output, "c -> t c", t=self.width)
-                out[row, self._real[row].to(out.device)] = torch.nan
-            columns = self._real[row][tokens - self._first_new(row)]
-            out[row, columns.to(out.device)] = states[states.shape[0] - tokens.numel() :]
+            real, last_output = self._real[row], self.rows[row].last_output
+            if last_output is not None and real.numel() < self.width:
+                out[row] = repeat(last_output, "c -> t c", t=out.shape[1])
+                out[row, (real[real >= first] - first).to(out.device)] = torch.nan
+            columns = real[tokens - self._first_new(row)]
+            read = columns >= first
+            out[row, (columns[read] - first).to(out.device)] = states[states.shape[0] - int(read.sum()) :]
         return out
+
+    @property
+    def _first_read(self) -> int:
+        """The first column whose logits are read, as far as is known."""
+        return max(self.width - self._read_last, 0) if self._read_last else 0
 
     def _first_new(self, row: int) -> int:
         return len(self.rows[row].ledger) - self.new[row].numel()
 
     def _check_read(self, reached: list[Tensor]) -> None:
-        first_read = self.width - self._read_last if self._read_last else 0
         for row, tokens in enumerate(reached):
-            asked = self.new[row][self._real[row] >= first_read]
+            asked = self.new[row][self._real[row] >= self._first_read]
             missing = asked[~torch.isin(asked, tokens)]
             if missing.numel():
                 raise InputError(
@@ -305,5 +323,6 @@ class Step:
             for tokens in revived:
                 row.frontier.free(tokens)
         if self.cache.policy.revives:
-            for parked in self._parked:
+            while self._parked:
+                parked = self._parked.pop(0)
                 self.rows[parked.row].frontier.put(parked.tokens, parked.states)

@@ -27,6 +27,11 @@ class KeyValueStore:
             self._tokens = [torch.cat(self._tokens)]
         return self._tokens[0]
 
+    def reserve(self, slots: int) -> None:
+        """Says that so many slots in all are about to be filled."""
+        self._keys.reserve(slots)
+        self._values.reserve(slots)
+
     def append(self, tokens: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values [1, g, t, d] of `tokens` [t]."""
         self._tokens.append(tokens)

@@ -1,6 +1,6 @@
 """Time to first token and time per output token of presets, beside the unmodified model.
 
-Every round runs every contender once, in shuffled order, so that a slow moment of the machine hits all of them alike;
+Every round runs everything once, in shuffled order, so that a slow moment of the machine hits all of them alike;
 figures are medians over the rounds. The unmodified model runs with each of its attention kernels and the faster one
 counts as the baseline, prompt length by prompt length.
 """
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,18 +25,65 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 import lazyllm
 from lazyllm.caches import AuxCache
+from lazyllm.caches.row import PromptMarks
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import EngineError, InputError, unknown
 from lazyllm.pipeline import LazyPipeline, TokenClock
-from lazyllm.policies.query import Query
-from lazyllm.result import GenerationResult
+from lazyllm.policies.query import Query, TokenRange
+from lazyllm.prompts import EncodedPrompt, pad_left
+from lazyllm.result import GenerationResult, GenerationStats
 
 STOCK_KERNELS = ("sdpa", "eager")
 PREFILL_ONLY = "prefill-only"
 """Suffix of a preset's name: the same preset, pruning in prefill alone."""
 
-Timing = tuple[float, float | None]
-"""Seconds to the first token, and mean seconds per further token (None for a single one)."""
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed: replies to a batch of prompts.
+
+    Attributes:
+        prompts: token ids, one list per row.
+        new_tokens: length of every reply.
+        questions: by row, the token range that asks something; empty = none is named.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+    questions: Sequence[TokenRange] = ()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    @property
+    def padded_over_real(self) -> float:
+        """Tokens of the batch when it is padded to the longest prompt, over the tokens it has."""
+        return len(self.prompts) * self.longest / sum(map(len, self.prompts))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a reply took.
+
+    Attributes:
+        ttft_seconds: from the call to the first new token.
+        step_seconds: from each new token to the next.
+    """
+
+    ttft_seconds: float
+    step_seconds: tuple[float, ...] = ()
+
+    @property
+    def seconds_per_output_token(self) -> float | None:
+        """Mean of `step_seconds`; None for a single token."""
+        return sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else None
+
+    @property
+    def reply_seconds(self) -> float:
+        """From the call to the last new token."""
+        return self.ttft_seconds + sum(self.step_seconds)
 
 
 @dataclass(frozen=True)
@@ -54,13 +102,18 @@ class Spread:
         low, quarter, middle, three_quarters, high = np.percentile(values, [0, 25, 50, 75, 100])
         return cls(float(middle), float(low), float(high), float(quarter), float(three_quarters))
 
+    def show(self, digits: int, *, factor: float = 1.0) -> str:
+        """Median and range as text, `2.31 (2.20 - 2.45)`."""
+        middle, low, high = (f"{factor * value:.{digits}f}" for value in (self.median, self.minimum, self.maximum))
+        return f"{middle} ({low} - {high})"
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender at one prompt length.
+    """One run at one prompt length.
 
     Attributes:
-        contender: name of the preset, or of the unmodified model's kernel.
+        contender: its name, that of the preset, or of the unmodified model's kernel.
         prompt_tokens, new_tokens: lengths.
         ttft_seconds: from the call to the first new token, over the rounds.
         seconds_per_output_token: mean time from one new token to the next, over the rounds.
@@ -103,81 +156,94 @@ class BenchReport:
         return asdict(self)
 
 
-class Contender:
-    """Something that replies to a prompt and can be timed.
+class TimedRun:
+    """Something that replies to prompts and can be timed.
 
     Attributes:
         name: what the report calls it.
         is_stock: whether it is the unmodified model.
-        predicted_speedup, prefill_computed_fraction, computed_fraction: of the last run; 1 for the unmodified model.
-        kept_fraction: share of the prompt's K/V in the cache after the last run's prefill.
-        reply: token ids of the last run's reply.
+        replies: token ids of the last replies, one list per row.
+        kept_fraction: share of the prompts' K/V that was kept after the last prefill.
+        stats: of the last replies, one per row; empty where lazyllm did not count.
     """
 
     def __init__(self, name: str, *, is_stock: bool) -> None:
-        self.name = name
-        self.is_stock = is_stock
-        self.predicted_speedup = self.prefill_computed_fraction = self.computed_fraction = self.kept_fraction = 1.0
-        self.reply: list[int] = []
+        self.name, self.is_stock = name, is_stock
+        self.replies: list[list[int]] = []
+        self.kept_fraction = 1.0
+        self.stats: list[GenerationStats] = []
 
-    def run(self, token_ids: Sequence[int], new_tokens: int) -> Timing:
-        """Generates exactly `new_tokens` tokens and returns how long it took.
+    def run(self, work: Workload) -> Timing:
+        """Generates replies of exactly `work.new_tokens` tokens and returns how long that took.
 
         Raises:
-            EngineError: when it runs in another process and that failed.
+            EngineError: when another engine was to reply, and failed.
         """
         raise NotImplementedError
 
+    def mean(self, figure: Callable[[GenerationStats], float]) -> float:
+        """A figure of the last replies, mean over the prompts' tokens; 1 where lazyllm did not count."""
+        if not self.stats:
+            return 1.0
+        tokens = [stats.prompt_tokens for stats in self.stats]
+        return float(np.average([figure(stats) for stats in self.stats], weights=tokens))
 
-class StockContender(Contender):
-    """The unmodified model with one of its attention kernels."""
+
+class ModelRun(TimedRun):
+    """A model in this process; `run` reads the same clock for all of them."""
+
+    def __init__(self, name: str, model: PreTrainedModel, *, is_stock: bool) -> None:
+        super().__init__(name, is_stock=is_stock)
+        self.model = model
+
+    def run(self, work: Workload) -> Timing:
+        """Times `reply`, to the moments its tokens are there."""
+        started = time.perf_counter()
+        clock = TokenClock(self.model.device)
+        self.reply(work, {**reply_options(work.new_tokens), "stopping_criteria": StoppingCriteriaList([clock])})
+        steps = tuple(after - before for before, after in pairwise(clock.times))
+        return Timing(clock.times[0] - started, steps)
+
+    def reply(self, work: Workload, options: dict[str, Any]) -> None:
+        """Generates with `options` of transformers' `generate`, and notes what came of it."""
+        raise NotImplementedError
+
+
+class StockRun(ModelRun):
+    """The unmodified model with one of its attention kernels; a batch is padded on the left."""
 
     def __init__(self, model: PreTrainedModel, kernel: str) -> None:
-        super().__init__(f"stock {kernel}", is_stock=True)
-        self.model = model
+        super().__init__(f"stock {kernel}", model, is_stock=True)
         self.kernel = kernel
 
-    def run(self, token_ids: Sequence[int], new_tokens: int) -> Timing:
-        """Times plain `model.generate`, with the options and the clock a pipeline uses."""
+    def run(self, work: Workload) -> Timing:
+        """Switching the kernel takes no time."""
         with attention_kernel(self.model, self.kernel):
-            started = time.perf_counter()
-            clock = TokenClock(self.model.device)
-            ids = torch.tensor([token_ids], device=self.model.device)
-            output = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                stopping_criteria=StoppingCriteriaList([clock]),
-                **reply_options(new_tokens),
-            )
-        self.reply = output[0, len(token_ids) :].tolist()
-        return clock.times[0] - started, _per_token(clock.times)
+            return super().run(work)
+
+    def reply(self, work: Workload, options: dict[str, Any]) -> None:
+        """Plain `model.generate`."""
+        rows = [EncodedPrompt(list(prompt), PromptMarks()) for prompt in work.prompts]
+        ids, mask = pad_left(rows, options["pad_token_id"], self.model.device)
+        output = self.model.generate(ids, attention_mask=mask, **options)
+        self.replies = output[:, ids.shape[1] :].tolist()
 
 
-class LazyContender(Contender):
-    """A preset.
+class LazyRun(ModelRun):
+    """A configuration."""
 
-    Args:
-        model: the model it prunes.
-        name: what the report calls it.
-        config: its policies.
-        query: what every prompt asks, as `pipeline.generate` takes it.
-    """
-
-    def __init__(self, model: PreTrainedModel, name: str, config: LazyConfig, *, query: Query | None = None) -> None:
-        super().__init__(name, is_stock=False)
+    def __init__(self, model: PreTrainedModel, name: str, config: LazyConfig) -> None:
+        super().__init__(name, model, is_stock=False)
         self.pipeline = LazyPipeline.from_config(config, model)
-        self.query = query
 
-    def run(self, token_ids: Sequence[int], new_tokens: int) -> Timing:
-        """Times `pipeline.generate`, which reads the same clock."""
-        output = self.pipeline.generate(list(token_ids), query=self.query, **reply_options(new_tokens))
-        result = cast(GenerationResult, output)
-        stats = result.stats
-        self.reply = result.token_ids
-        self.predicted_speedup = stats.predicted_speedup
-        self.prefill_computed_fraction = self.kept_fraction = stats.prefill_computed_fraction
-        self.computed_fraction = stats.computed_fraction
-        return stats.ttft_seconds, stats.seconds_per_output_token
+    def reply(self, work: Workload, options: dict[str, Any]) -> None:
+        """`pipeline.generate`, and what it says about the work."""
+        prompts = [list(prompt) for prompt in work.prompts]
+        questions: list[Query] = list(work.questions)
+        results = cast(list[GenerationResult], self.pipeline.generate(prompts, query=questions or None, **options))
+        self.replies = [result.token_ids for result in results]
+        self.stats = [result.stats for result in results]
+        self.kept_fraction = self.mean(lambda stats: stats.prefill_computed_fraction)
 
 
 def reply_options(new_tokens: int) -> dict[str, Any]:
@@ -219,10 +285,10 @@ def default_presets() -> list[str]:
     return [*preset_names(), f"paper {PREFILL_ONLY}"]
 
 
-def contenders(model: PreTrainedModel, presets: Sequence[str]) -> list[Contender]:
+def timed_runs(model: PreTrainedModel, presets: Sequence[str]) -> list[TimedRun]:
     """The unmodified model with each kernel, and every preset."""
-    stock: list[Contender] = [StockContender(model, kernel) for kernel in STOCK_KERNELS]
-    return [*stock, *(LazyContender(model, name, preset_config(name)) for name in presets)]
+    stock: list[TimedRun] = [StockRun(model, kernel) for kernel in STOCK_KERNELS]
+    return [*stock, *(LazyRun(model, name, preset_config(name)) for name in presets)]
 
 
 def measure(
@@ -237,14 +303,14 @@ def measure(
     model_name: str = "",
     on_round: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
-    """Times every contender at every prompt length.
+    """Times the unmodified model and every preset at every prompt length.
 
     Args:
         model: a causal LM, in the dtype to be measured.
         token_ids: a text at least as long as the longest prompt; prompts are its beginnings.
         lengths: prompt lengths in tokens.
         presets: names as `preset_config` takes them.
-        rounds: how often each contender runs, after one run to warm up.
+        rounds: how often each of them runs, after one time to warm up.
         new_tokens: length of the replies.
         seed: of the order within a round.
         model_name: what the report calls the model.
@@ -260,59 +326,62 @@ def measure(
     order = random.Random(seed)
     measurements: list[Measurement] = []
     for length in lengths:
-        field = contenders(model, presets)
-        timings = run_rounds(field, token_ids[:length], rounds, new_tokens, order, on_round)
+        field = timed_runs(model, presets)
+        work = Workload([token_ids[:length]], new_tokens)
+        timings = run_rounds(field, work, rounds, order, on_round)
         measurements += compare(field, timings, length, new_tokens)
     dtype = str(model.dtype).removeprefix("torch.")
     return BenchReport(model_name, dtype, rounds, environment(model), measurements)
 
 
 def run_rounds(
-    field: Sequence[Contender],
-    prompt: Sequence[int],
+    field: Sequence[TimedRun],
+    work: Workload,
     rounds: int,
-    new_tokens: int,
     order: random.Random,
     on_round: Callable[[int, int], None] | None = None,
-    on_error: Callable[[Contender, EngineError], None] | None = None,
+    on_error: Callable[[TimedRun, EngineError], None] | None = None,
 ) -> dict[str, list[Timing]]:
-    """Timings by contender; round 0 warms up and does not count.
+    """Timings by name, round by round; round 0 warms up and does not count.
 
-    With `on_error`, which is told the reason, a contender whose engine fails drops out; without it the error is raised.
+    With `on_error`, which is told the reason, a run whose engine fails drops out; without it the error is raised.
     """
-    timings: dict[str, list[Timing]] = {contender.name: [] for contender in field}
+    timings: dict[str, list[Timing]] = {one.name: [] for one in field}
     running = list(field)
     for number in range(rounds + 1):
-        for contender in order.sample(running, len(running)):
+        for one in order.sample(running, len(running)):
             try:
-                timing = contender.run(prompt, new_tokens)
+                timing = one.run(work)
             except EngineError as error:
                 if on_error is None:
                     raise
-                on_error(contender, error)
-                running.remove(contender)
-                del timings[contender.name]
+                on_error(one, error)
+                running.remove(one)
+                del timings[one.name]
                 continue
             if number:
-                timings[contender.name].append(timing)
+                timings[one.name].append(timing)
         if on_round is not None:
-            on_round(len(prompt), number)
+            on_round(work.longest, number)
     return timings
 
 
 def compare(
-    field: Sequence[Contender], timings: dict[str, list[Timing]], prompt_tokens: int, new_tokens: int
+    field: Sequence[TimedRun], timings: dict[str, list[Timing]], prompt_tokens: int, new_tokens: int
 ) -> list[Measurement]:
-    """Medians of every contender, and its speedup over the best unmodified run."""
-    first = {name: Spread.of([ttft for ttft, _ in runs]) for name, runs in timings.items()}
-    further = {name: _spread_of_known([per_token for _, per_token in runs]) for name, runs in timings.items()}
-    stock = [contender.name for contender in field if contender.is_stock]
+    """Medians of every run, and its speedup over the best unmodified run."""
+    first = {name: Spread.of([timing.ttft_seconds for timing in runs]) for name, runs in timings.items()}
+    further = {
+        name: spread_of_known([timing.seconds_per_output_token for timing in runs]) for name, runs in timings.items()
+    }
+    stock = [run.name for run in field if run.is_stock]
     baseline = min(stock, key=lambda name: first[name].median)
     decode_times = [spread.median for name in stock if (spread := further[name]) is not None]
     fastest_decode = min(decode_times, default=None)
 
-    def one(contender: Contender) -> Measurement:
-        name = contender.name
+    def one(run: TimedRun) -> Measurement:
+        name = run.name
+        predicted = run.mean(lambda stats: stats.predicted_speedup)
         speedup = first[baseline].median / first[name].median
         per_token = further[name]
         return Measurement(
@@ -323,15 +392,15 @@ def compare(
             seconds_per_output_token=per_token,
             ttft_speedup=speedup,
             decode_speedup=fastest_decode / per_token.median if fastest_decode is not None and per_token else None,
-            predicted_ttft_speedup=contender.predicted_speedup,
-            realised_over_predicted=speedup / contender.predicted_speedup,
-            prefill_computed_fraction=contender.prefill_computed_fraction,
-            computed_fraction=contender.computed_fraction,
+            predicted_ttft_speedup=predicted,
+            realised_over_predicted=speedup / predicted,
+            prefill_computed_fraction=run.mean(lambda stats: stats.prefill_computed_fraction),
+            computed_fraction=run.mean(lambda stats: stats.computed_fraction),
             is_baseline=name == baseline,
-            ttft_samples=[ttft for ttft, _ in timings[name]],
+            ttft_samples=[timing.ttft_seconds for timing in timings[name]],
         )
 
-    return [one(contender) for contender in field]
+    return [one(run) for run in field]
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:
@@ -359,11 +428,7 @@ def save_reports(reports: Sequence[BenchReport], path: str | Path) -> Path:
     return path
 
 
-def _per_token(times: Sequence[float]) -> float | None:
-    gaps = len(times) - 1
-    return (times[-1] - times[0]) / gaps if gaps else None
-
-
-def _spread_of_known(values: Sequence[float | None]) -> Spread | None:
+def spread_of_known(values: Sequence[float | None]) -> Spread | None:
+    """Spread of the values that are there; None without any."""
     known = [value for value in values if value is not None]
     return Spread.of(known) if known else None

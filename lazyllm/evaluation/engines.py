@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from lazyllm.errors import EngineError
-from lazyllm.evaluation.bench import Contender, Spread, Timing
+from lazyllm.evaluation.bench import Spread, TimedRun, Timing, spread_of_known
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contender, and what it runs on.
+    """Someone to be timed, and what it runs on.
 
     Attributes:
-        contender: it, under a name of its own.
+        timed: it, under a name of its own.
         engine: the program.
         run: what it does there, e.g. a preset or a file type.
         dtype: of the weights.
     """
 
-    contender: Contender
+    timed: TimedRun
     engine: str
     run: str
     dtype: str
@@ -102,28 +102,29 @@ def line_up(
     new_tokens: int,
 ) -> list[EngineLine]:
     """One line per entrant; speedups are over the unmodified run with the shortest median TTFT, where one ran."""
-    first = {name: Spread.of([ttft for ttft, _ in runs]) for name, runs in timings.items()}
-    further = {name: _known([per_token for _, per_token in runs]) for name, runs in timings.items()}
-    stock = [entry for entry in entrants if entry.contender.is_stock and entry.contender.name in first]
-    baseline = min(stock, key=lambda entry: first[entry.contender.name].median, default=None)
+    first = {name: Spread.of([timing.ttft_seconds for timing in runs]) for name, runs in timings.items()}
+    further = {
+        name: spread_of_known([timing.seconds_per_output_token for timing in runs]) for name, runs in timings.items()
+    }
+    stock = [entry.timed for entry in entrants if entry.timed.is_stock and entry.timed.name in first]
+    base = min(stock, key=lambda timed: first[timed.name].median, default=None)
 
     def one(entry: Entrant) -> EngineLine:
-        name = entry.contender.name
+        name = entry.timed.name
         same = (entry.engine, entry.run, entry.dtype, prompt_tokens, new_tokens)
         if name not in first:
             return EngineLine(*same, error=str(errors[name]))
-        base = baseline.contender if baseline is not None else None
         return EngineLine(
             *same,
             ttft_seconds=first[name],
             seconds_per_output_token=further[name],
             ttft_speedup=_ratio(first[base.name], first[name]) if base is not None else None,
             decode_speedup=_ratio(further[base.name], further[name]) if base is not None else None,
-            computed_fraction=entry.contender.prefill_computed_fraction,
-            kept_fraction=entry.contender.kept_fraction,
-            same_tokens=_equal_from_start(base.reply, entry.contender.reply) if base is not None else None,
-            is_baseline=entry is baseline,
-            ttft_samples=tuple(ttft for ttft, _ in timings[name]),
+            computed_fraction=entry.timed.mean(lambda stats: stats.prefill_computed_fraction),
+            kept_fraction=entry.timed.kept_fraction,
+            same_tokens=_equal_from_start(base.replies[0], entry.timed.replies[0]) if base is not None else None,
+            is_baseline=entry.timed is base,
+            ttft_samples=tuple(timing.ttft_seconds for timing in timings[name]),
         )
 
     return [one(entry) for entry in entrants]
@@ -153,9 +154,9 @@ def cells(line: EngineLine) -> list[str]:
     per_token = line.seconds_per_output_token
     return [
         *what,
-        spread_text(line.ttft_seconds, 1, 2),
+        line.ttft_seconds.show(2),
         _times(line.ttft_speedup),
-        spread_text(per_token, 1000, 0) if per_token else "",
+        per_token.show(0, factor=1000) if per_token else "",
         f"{1 / per_token.median:.1f}" if per_token else "",
         _times(line.decode_speedup),
         f"{line.computed_fraction:.0%}",
@@ -194,12 +195,6 @@ def headline(report: EngineReport) -> str:
     )
 
 
-def spread_text(spread: Spread, factor: float, digits: int) -> str:
-    """Median and range, e.g. `1.20 (1.10 - 1.30)`."""
-    low, middle, high = (f"{factor * value:.{digits}f}" for value in (spread.minimum, spread.median, spread.maximum))
-    return f"{middle} ({low} - {high})"
-
-
 def _escaped(cell: str) -> str:
     return cell.replace("|", "/").replace("\n", " ")
 
@@ -210,11 +205,6 @@ def _times(ratio: float | None) -> str:
 
 def _ratio(base: Spread | None, other: Spread | None) -> float | None:
     return base.median / other.median if base is not None and other is not None else None
-
-
-def _known(values: Sequence[float | None]) -> Spread | None:
-    known = [value for value in values if value is not None]
-    return Spread.of(known) if known else None
 
 
 def _equal_from_start(one: Sequence[int], other: Sequence[int]) -> int:

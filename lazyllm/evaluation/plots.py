@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from lazyllm.callbacks import TokenTrace
+    from lazyllm.costs import Prediction
     from lazyllm.evaluation.bench import BenchReport
     from lazyllm.evaluation.compare import Line
     from lazyllm.evaluation.engines import EngineReport
+    from lazyllm.evaluation.limits import Entry
+    from lazyllm.evaluation.memory import ReplySize
     from lazyllm.result import GenerationStats
 
 BANDS = 4
@@ -142,6 +145,79 @@ def plot_kept(trace: TokenTrace, path: str | Path, *, marked: Sequence[tuple[int
     axes.plot([], [], color=LAZY, linewidth=5, label="computed")
     axes.legend(loc="lower left")
     return _save(figure, path)
+
+
+def plot_growth(entries: Sequence[Entry], path: str | Path) -> Path:
+    """Time per prompt token, median and range, over the prompt's length; one panel per dtype."""
+    dtypes = list(dict.fromkeys(entry.dtype for entry in entries))
+    names = list(dict.fromkeys(entry.run for entry in entries))
+    path, figure = _new_figure(path, (6.2 * len(dtypes), 4))
+    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
+        for index, name in enumerate(names):
+            points = [entry for entry in entries if (entry.dtype, entry.run) == (dtype, name)]
+            _draw_growth(axes, name, sorted(points, key=lambda entry: entry.prompt_tokens), f"C{index}")
+        lengths = sorted({entry.prompt_tokens for entry in entries if entry.dtype == dtype})
+        axes.set(title=dtype, xlabel="tokens of the prompt", ylabel="ms per prompt token", xscale="log")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+        axes.legend(loc="best")
+    return _save(figure, path)
+
+
+def _draw_growth(axes: Any, name: str, points: Sequence[Entry], colour: str) -> None:
+    spreads = [entry.milliseconds_per_prompt_token for entry in points]
+    middles = [spread.median for spread in spreads]
+    reach = [
+        [spread.median - spread.minimum for spread in spreads],
+        [spread.maximum - spread.median for spread in spreads],
+    ]
+    lengths = [entry.prompt_tokens for entry in points]
+    axes.errorbar(
+        lengths, middles, yerr=reach, fmt="o-", markersize=4, linewidth=1.4, color=colour, capsize=2, label=name
+    )
+
+
+def plot_reply_sizes(sizes: Sequence[ReplySize], path: str | Path) -> Path:
+    """What a cache has grown by during a reply: K/V of the reply's own tokens, and of revived ones."""
+    path, figure = _new_figure(path, (6.2, 4))
+    axes = figure.subplots()
+    tokens = [0, *(size.reply_tokens for size in sizes)]
+    new, revived = ([0.0, *(getattr(size, name) / 1e6 for size in sizes)] for name in ("new_bytes", "revived_bytes"))
+    axes.stackplot(tokens, new, revived, colors=(DENSE, LAZY), labels=("K/V of the reply", "K/V of revived tokens"))
+    axes.set(xlabel="tokens of the reply", ylabel="MB more than after the prefill", xlim=(0, tokens[-1]))
+    axes.legend(loc="upper left")
+    return _save(figure, path)
+
+
+def plot_prediction(predictions: Mapping[str, Sequence[Prediction]], path: str | Path) -> Path:
+    """Where the predicted TTFT goes, dense and pruned: a row of panels per model, a panel per prompt length."""
+    columns = max(map(len, predictions.values()))
+    path, figure = _new_figure(path, (1.4 + 3.2 * columns, 3.4 * len(predictions)))
+    panels = figure.subplots(len(predictions), columns, squeeze=False)
+    for row, (model, lengths) in zip(panels, predictions.items(), strict=True):
+        for axes in row[len(lengths) :]:
+            axes.remove()
+        for axes, prediction in zip(row, lengths, strict=False):
+            _draw_prediction(axes, prediction)
+            axes.set_title(f"{model}, {prediction.tokens:,} tokens: {prediction.speedup:.1f}x", fontsize=9)
+    return _save(figure, path)
+
+
+def _draw_prediction(axes: Any, prediction: Prediction) -> None:
+    parts = [cost.prefill for cost in (prediction.dense, prediction.pruned)]
+    linear, attention = ([getattr(part, name) for part in parts] for name in ("linear", "attention"))
+    rest = [part.total - part.linear - part.attention for part in parts]
+    bottom = np.zeros(len(parts))
+    for name, heights, colour in (
+        ("linear layers", linear, LAZY),
+        ("attention", attention, BAND_COLOURS[2]),
+        ("rest", rest, DENSE),
+    ):
+        axes.bar(("dense", "pruned"), heights, 0.6, bottom=bottom, color=colour, label=name)
+        bottom += heights
+    axes.set_ylabel("TTFT in seconds")
+    axes.legend(loc="upper right", fontsize=7)
 
 
 def _draw_prefill(axes: Any, stats: GenerationStats) -> None:

@@ -19,7 +19,7 @@ from lazyllm.callbacks import Callback, LayerEnd
 from lazyllm.errors import InputError
 from lazyllm.evaluation.tasks import Item
 from lazyllm.pipeline import LazyPipeline
-from lazyllm.prompts import EncodedPrompt, tokens_touching
+from lazyllm.prompts import EncodedPrompt, end_token_ids, tokens_touching
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _second_turn(
 ) -> tuple[Tensor, int]:
     """Answers the first question, asks the second one on the same cache, and returns what comes after it."""
     tokenizer = cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
-    ends = _end_ids(model, tokenizer)
+    ends = [*end_token_ids(model, {}), tokenizer.eos_token_id]
     reply = _greedy(model, cache, first, tokenizer, replace(item, answers=()))
     said = [token for token in reply if token not in ends]
     if not said:  # an empty first answer: say something, so that the turn has a text
@@ -230,13 +230,8 @@ def _forced_loss(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) 
     return total / len(tokens)
 
 
-def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
-    ends = model.generation_config.eos_token_id
-    return [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-
-
 def _greedy(model: Any, cache: Any, first: int, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
-    ends = _end_ids(model, tokenizer)
+    ends = [*end_token_ids(model, {}), tokenizer.eos_token_id]
     reply = [first]
     while len(reply) < item.new_tokens and reply[-1] not in ends:
         if item.answers and item.is_right(str(tokenizer.decode(reply, skip_special_tokens=True))):

@@ -2,8 +2,8 @@
 
 A worker is a program that speaks JSON lines. When it has loaded it says `{"about": {...}}`; then every line it reads,
 `{"token_ids": [...], "new_tokens": 8, ...}`, gets one line in return:
-`{"ttft_seconds": 0.5, "seconds_per_output_token": 0.02, "token_ids": [...]}` or `{"error": "why not"}`. It ends when
-its input does.
+`{"ttft_seconds": 0.5, "step_seconds": [0.02, ...], "token_ids": [...], "kept_tokens": 300}` or `{"error": "why not"}`.
+It ends when its input does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lazyllm.errors import EngineError
-from lazyllm.evaluation.bench import Contender, Timing
+from lazyllm.errors import EngineError, InputError
+from lazyllm.evaluation.bench import TimedRun, Timing, Workload
 
 PATIENCE_SECONDS = 3600.0
 LAST_WORDS = 3
@@ -145,42 +145,41 @@ class Worker:
         return EngineError(f"{self.name} ended with exit code {code}{last}")
 
 
-class WorkerContender(Contender):
-    """A worker that replies to prompts.
+class WorkerRun(TimedRun):
+    """A worker that replies to one prompt at a time.
 
     Args:
         name: what the report calls it.
         worker: a worker that was started.
         request: what its requests hold beside the prompt.
-        kept_fraction: share of the prompt's K/V it keeps.
     """
 
-    def __init__(
-        self, name: str, worker: Worker, *, request: Mapping[str, Any] | None = None, kept_fraction: float = 1.0
-    ) -> None:
+    def __init__(self, name: str, worker: Worker, *, request: Mapping[str, Any] | None = None) -> None:
         super().__init__(name, is_stock=False)
         self.worker = worker
         self.request = dict(request or {})
-        self.kept_fraction = kept_fraction
 
-    def run(self, token_ids: Sequence[int], new_tokens: int) -> Timing:
+    def run(self, work: Workload) -> Timing:
         """What the worker's own clock says."""
-        answer = self.worker.ask({"token_ids": list(token_ids), "new_tokens": new_tokens, **self.request})
+        if len(work.prompts) != 1:
+            raise InputError(f"{self.worker.name} replies to one prompt at a time, not to {len(work.prompts)}")
+        prompt = list(work.prompts[0])
+        answer = self.worker.ask({"token_ids": prompt, "new_tokens": work.new_tokens, **self.request})
         try:
-            self.reply = [int(token) for token in answer["token_ids"]]
-            per_token = answer["seconds_per_output_token"]
-            return float(answer["ttft_seconds"]), None if per_token is None else float(per_token)
+            self.replies = [[int(token) for token in answer["token_ids"]]]
+            self.kept_fraction = int(answer["kept_tokens"]) / len(prompt)
+            return Timing(float(answer["ttft_seconds"]), tuple(map(float, answer["step_seconds"])))
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(f"{self.worker.name} gave an answer that is no timing ({error!r}): {answer}") from None
 
 
-class FailedContender(Contender):
+class FailedRun(TimedRun):
     """Stands for an engine that could not be set up, so that the report says so and goes on."""
 
     def __init__(self, name: str, error: EngineError) -> None:
         super().__init__(name, is_stock=False)
         self.error = error
 
-    def run(self, token_ids: Sequence[int], new_tokens: int) -> Timing:
+    def run(self, work: Workload) -> Timing:
         """Raises what went wrong."""
         raise self.error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,7 +19,12 @@ from lazyllm.policies.select import Selector
 
 @contextmanager
 def attached(
-    model: PreTrainedModel, selector: Selector, callbacks: Sequence[Callback] = (), *, missing: Missing = "error"
+    model: PreTrainedModel,
+    selector: Selector,
+    callbacks: Sequence[Callback] = (),
+    *,
+    missing: Missing = "error",
+    chunk: int = sys.maxsize,
 ) -> Iterator[LazyStack]:
     """The model with its layers run by a LazyStack; restored on the way out, also after an exception.
 
@@ -27,7 +33,7 @@ def attached(
         UnsupportedModelError: when it does not follow the contract.
     """
     contract = contract_of(model)
-    stack = LazyStack(contract, selector, callbacks, missing)
+    stack = LazyStack(contract, selector, callbacks, missing, chunk)
     stack.train(model.training)
     hook = model.register_forward_pre_hook(_note_call(stack), with_kwargs=True)
     with lazy_attention(contract):

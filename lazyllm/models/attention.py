@@ -6,17 +6,18 @@ each row to the kernel the model was loaded with, and notes the queries and keys
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lazyllm.indexing import locate
-from lazyllm.models.masks import additive, causal, padding_mask
+from lazyllm.models.masks import Span, additive, causal, padding_mask
 
 ATTENTION_NAME = "lazyllm"
 FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -67,9 +68,21 @@ class AttentionInputs:
             return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
         return logits.softmax(-1)
 
+    def behind(self, earlier: "AttentionInputs") -> "AttentionInputs":
+        """These, with the queries of an earlier piece of the same layer in front."""
+        return replace(
+            self,
+            queries=torch.cat([earlier.queries, self.queries], dim=1),
+            query_positions=torch.cat([earlier.query_positions, self.query_positions]),
+        )
+
     def columns(self, tokens: Tensor) -> Tensor:
         """Indices [v] of `tokens` along the key axis."""
         return locate(self.key_tokens, tokens).to(self.keys.device)
+
+
+Captured = dict[int, AttentionInputs]
+"""Queries and keys of one layer, by row."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class RowPlan:
         read_key_tokens: gives the tokens [k] attended, in storage order.
         new_queries: how many of the last queries are the step's new tokens.
         positions: [t] position of every token of the row.
-        read_mask: gives booleans [1, 1, q, k], or None where the kernel's causal rule is right by itself.
+        read_spans: gives the calls of the kernel that make up the row.
 
     What is read is known only once the layer has put its keys into the cache: their order decides.
     """
@@ -96,7 +109,7 @@ class RowPlan:
     read_key_tokens: Callable[[], Tensor]
     new_queries: int
     positions: Tensor
-    read_mask: Callable[[], Tensor | None]
+    read_spans: Callable[[], list[Span]]
 
 
 @dataclass
@@ -107,16 +120,14 @@ class AttentionPlan:
         rows: the rows that compute something.
         kernel: name of the attention implementation the model was loaded with.
         window: the layer's sliding window in positions.
-        capture: whether the scorer will ask for queries and keys.
-        captured: by row, filled when `capture` is set.
+        captured: by row, where to note queries and keys for the scorer; None when it will not ask.
         calls: how often the layer has called the attention function.
     """
 
     rows: list[RowPlan]
     kernel: str
     window: int | None
-    capture: bool
-    captured: dict[int, AttentionInputs] = field(default_factory=dict)
+    captured: Captured | None
     calls: int = 0
 
 
@@ -131,34 +142,66 @@ def planned_attention(
         queries, keys, values = query, key, value
         if len(plan.rows) > 1:
             queries, keys, values = query[:, :, row.queries], key[:, :, row.keys], value[:, :, row.keys]
-        if plan.capture:
-            new, key_tokens = row.new_queries, row.read_key_tokens()
-            plan.captured[row.row] = AttentionInputs(
-                queries=queries[0, :, queries.shape[2] - new :],
-                query_positions=row.positions[row.query_tokens[row.query_tokens.numel() - new :]],
-                keys=keys[0],
-                key_tokens=key_tokens,
-                key_positions=row.positions[key_tokens],
-                scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
-                softcap=kwargs.get("softcap"),
-                window=plan.window,
-                sinks=kwargs.get("s_aux"),
-            )
-        kernel, mask = choose_kernel(plan.kernel, module, row.read_mask(), queries)
-        outputs.append(kernel(module, queries, keys, values, mask, **kwargs)[0])
+        if plan.captured is not None:
+            inputs = _inputs(plan, row, queries, keys, **kwargs)
+            earlier = plan.captured.get(row.row)
+            plan.captured[row.row] = inputs if earlier is None else inputs.behind(earlier)
+        for span in row.read_spans():
+            taken = span.take(queries, keys, values)
+            kernel, mask = choose_kernel(plan.kernel, module, span.read_mask(), taken[0])
+            outputs.append(kernel(module, *taken, mask, **kwargs)[0])
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def _inputs(plan: AttentionPlan, row: RowPlan, queries: Tensor, keys: Tensor, **kwargs: Any) -> AttentionInputs:
+    """What a scorer gets to see of a row's queries [1, h, q, d] and keys [1, g, k, d]."""
+    new, key_tokens = row.new_queries, row.read_key_tokens()
+    return AttentionInputs(
+        queries=queries[0, :, queries.shape[2] - new :],
+        query_positions=row.positions[row.query_tokens[row.query_tokens.numel() - new :]],
+        keys=keys[0],
+        key_tokens=key_tokens,
+        key_positions=row.positions[key_tokens],
+        scaling=kwargs.get("scaling") or queries.shape[-1] ** -0.5,
+        softcap=kwargs.get("softcap"),
+        window=plan.window,
+        sinks=kwargs.get("s_aux"),
+    )
 
 
 def choose_kernel(name: str, module: nn.Module, mask: Tensor | None, queries: Tensor) -> tuple[Kernel, Tensor | None]:
     """The kernel for one row and the mask in the form it reads.
 
-    Flash kernels read no arbitrary mask, so rows that need one run on sdpa.
+    Flash kernels read no arbitrary mask, so rows that need one run on sdpa. One query, and any masked queries on CPU,
+    run on sdpa as `shared_heads` calls it.
     """
     if name == "eager":
         return eager_kernel(module), additive(mask, queries)
     if name in FLASH_KERNELS and mask is None:
         return ALL_ATTENTION_FUNCTIONS[name], None
+    if queries.shape[2] == 1 or (mask is not None and queries.device.type == "cpu"):
+        return shared_heads, mask
     return ALL_ATTENTION_FUNCTIONS["sdpa"], mask
+
+
+def shared_heads(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """sdpa that reads the keys and values a group of heads shares once, instead of repeating them for each head.
+
+    Of one query, the heads of a group become the queries of their keys; several queries are left to the kernel, which
+    knows groups. Takes and gives what transformers' sdpa does, and leaves to it what it refuses.
+    """
+    groups = key.shape[1]
+    if query.shape[1] == groups or kwargs.get("softcap") is not None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    one = query.shape[2] == 1
+    if one:
+        query = rearrange(query, "1 (g n) 1 d -> 1 g n d", g=groups)
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=not one
+    )
+    return rearrange(output, "1 g n d -> 1 1 (g n) d" if one else "1 h q d -> 1 q h d"), None
 
 
 def eager_kernel(module: nn.Module) -> Kernel:

@@ -13,6 +13,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lazyllm.errors import AttachError, UnsupportedModelError
 from lazyllm.models.attention import ATTENTION_NAME, KERNELS, AttentionPlan, RowPlan
+from lazyllm.models.masks import EVERYTHING
 
 LAYER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "position_embeddings")
 ATTENDING_TYPES = ("full_attention", "sliding_attention")
@@ -165,8 +166,10 @@ def _try_layer(contract: DecoderContract, index: int) -> str | None:
     hidden = torch.zeros(1, 1, config.hidden_size, device=device, dtype=dtype)
     token, positions = torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long, device=device)
     whole = slice(0, 1)
-    row = RowPlan(0, whole, whole, token, lambda: token, new_queries=1, positions=token, read_mask=lambda: None)
-    plan = AttentionPlan([row], contract.kernel, contract.windows[index], capture=True)
+    row = RowPlan(
+        0, whole, whole, token, lambda: token, new_queries=1, positions=token, read_spans=lambda: [EVERYTHING]
+    )
+    plan = AttentionPlan([row], contract.kernel, contract.windows[index], captured={})
     view = _ProbeView()
     rope = contract.rope(hidden, positions)[contract.rope_types[index]]
     try:

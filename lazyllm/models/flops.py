@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,13 @@ class FlopModel:
         """Operations of attention over `pairs` (query, key) pairs."""
         return self.per_pair[layer] * pairs
 
+    def total(self, tokens: Sequence[int], pairs: Sequence[int]) -> int:
+        """Operations of the layers, given by layer the computed tokens and the attended pairs; logits not included."""
+        return sum(
+            per_token * count + self.attention(layer, pair_count)
+            for layer, (per_token, count, pair_count) in enumerate(zip(self.per_token, tokens, pairs, strict=True))
+        )
+
 
 def flop_model(model: PreTrainedModel, contract: DecoderContract) -> FlopModel:
     """Reads the costs off a model's weights; of a mixture of experts, only the experts a token visits count."""
@@ -37,13 +45,13 @@ def flop_model(model: PreTrainedModel, contract: DecoderContract) -> FlopModel:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings()
     return FlopModel(
-        per_token=tuple(2 * _active_weights(layer, config) for layer in contract.layers),
+        per_token=tuple(2 * active_weights(layer, config) for layer in contract.layers),
         per_pair=(4 * heads * head_dim,) * len(contract.layers),
         per_logits=2 * sum(weight.numel() for weight in head.parameters()) if head is not None else 0,
     )
 
 
-def _active_weights(layer: nn.Module, config: Any) -> int:
+def active_weights(layer: nn.Module, config: Any) -> int:
     """Entries of all weight matrices a token is multiplied with; stacked experts count as far as they are visited."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     share = config.num_experts_per_tok / experts if experts else 1

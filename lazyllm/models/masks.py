@@ -1,6 +1,8 @@
 """Masks, built only where a kernel's own causal rule would be wrong, and decided on positions."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,9 @@ from lazyllm.indexing import is_ascending
 
 def causal(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     """Which keys each query may see, booleans [q, k]."""
-    distance = rearrange(query_positions, "q -> q 1") - rearrange(key_positions, "k -> 1 k")
-    allowed = distance >= 0
-    return allowed if window is None else allowed & (distance < window)
+    queries, keys = rearrange(query_positions, "q -> q 1"), rearrange(key_positions, "k -> 1 k")
+    allowed = keys <= queries
+    return allowed if window is None else allowed.logical_and_(keys > queries - window)
 
 
 def needs_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> bool:
@@ -23,35 +25,100 @@ def needs_mask(query_positions: Tensor, key_positions: Tensor, window: int | Non
     Without a mask, one query sees every key, and n queries are taken for the n keys in the same order.
     """
     if query_positions.numel() == 1:
-        return window is not None and bool(query_positions - key_positions.min() >= window)
+        first, last = key_positions.aminmax()
+        return bool(last > query_positions) or (window is not None and bool(query_positions - first >= window))
     if query_positions.numel() != key_positions.numel() or not is_ascending(key_positions):
         return True
     return window is not None and bool(key_positions[-1] - key_positions[0] + 1 >= window)
 
 
+WHOLE = slice(None)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Queries of a row that are attended in one call of the kernel, and the keys they may see.
+
+    Attributes:
+        queries, keys: slices of the row's queries and keys.
+        read_mask: gives booleans [1, 1, q, k], or None where the kernel's own causal rule is right.
+    """
+
+    queries: slice
+    keys: slice
+    read_mask: Callable[[], Tensor | None]
+
+    def take(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Its part of queries [1, h, q, d] and of keys and values [1, g, k, d]; no view is made of the whole."""
+        if self.queries != WHOLE:
+            queries = queries[:, :, self.queries]
+        if self.keys != WHOLE:
+            keys, values = keys[:, :, self.keys], values[:, :, self.keys]
+        return queries, keys, values
+
+
+EVERYTHING = Span(WHOLE, WHOLE, lambda: None)
+"""All queries and keys of a row, without a mask."""
+
+
 class RowMasks:
-    """Masks of one step; a row's mask is made again only when its tokens or window change."""
+    """Masks of one step; a row's mask is made again only when its tokens or window change.
+
+    Where a mask would have more than `MOST` entries, the queries are taken in spans that each have fewer, with the keys
+    that none of a span may see left out, and no mask is kept.
+    """
+
+    MOST = 2**20
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._made: dict[tuple[int, int | None], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._made: dict[tuple[int, int | None], tuple[Tensor, Tensor, list[Span]]] = {}
 
-    def get(
-        self, row: int, todo: Tensor, read_attended: Callable[[], Tensor], positions: Tensor, window: int | None
-    ) -> Tensor | None:
-        """Mask [1, 1, q, k] for todo [q] over attended [k] tokens, None where the kernel needs none."""
-        if todo.numel() == 1 and (window is None or positions.numel() <= window):
-            return None
+    def spans(
+        self,
+        row: int,
+        todo: Tensor,
+        read_attended: Callable[[], Tensor],
+        positions: Tensor,
+        window: int | None,
+        *,
+        new: int = 0,
+    ) -> list[Span]:
+        """How todo [q] attends to attended [k]: one span where a mask is small or none is needed, else several.
+
+        A single query that is one of the step's `new` tokens stands behind every key there is.
+        """
+        if todo.numel() == new == 1 and (window is None or positions.numel() <= window):
+            return [EVERYTHING]
         attended = read_attended()
         made = self._made.get((row, window))
         if made is not None and torch.equal(made[0], todo) and torch.equal(made[1], attended):
             return made[2]
-        queries, keys = positions[todo], positions[attended]
-        mask = None
-        if needs_mask(queries, keys, window):
-            mask = causal(queries.to(self.device), keys.to(self.device), window)[None, None]
-        self._made[row, window] = (todo, attended, mask)
-        return mask
+        spans = self._spans(positions[todo], positions[attended], window)
+        self._made[row, window] = (todo, attended, spans)
+        return spans
+
+    def _spans(self, queries: Tensor, keys: Tensor, window: int | None) -> list[Span]:
+        if not needs_mask(queries, keys, window):
+            return [EVERYTHING]
+        if queries.numel() * keys.numel() <= self.MOST:
+            mask = self._mask(queries, keys, window)
+            return [Span(WHOLE, WHOLE, lambda: mask)]
+        width = max(1, self.MOST // keys.numel())
+        return [
+            self._span(queries, keys, window, slice(start, start + width)) for start in range(0, queries.numel(), width)
+        ]
+
+    def _span(self, queries: Tensor, keys: Tensor, window: int | None, taken: slice) -> Span:
+        queries = queries[taken]
+        seen = WHOLE
+        if is_ascending(keys):
+            first = 0 if window is None else int(torch.searchsorted(keys, queries[0] - window, right=True))
+            seen = slice(first, int(torch.searchsorted(keys, queries[-1], right=True)))
+        return Span(taken, seen, partial(self._mask, queries, keys[seen], window))
+
+    def _mask(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+        return causal(queries.to(self.device), keys.to(self.device), window)[None, None]
 
 
 def additive(mask: Tensor | None, queries: Tensor) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -13,12 +15,37 @@ from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.step import Step, open_step
 from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEnd
 from lazyllm.errors import CacheError, InputError
-from lazyllm.models.attention import AttentionPlan, RowPlan
+from lazyllm.models.attention import AttentionPlan, Captured, RowPlan
 from lazyllm.models.families import DecoderContract
 from lazyllm.models.masks import RowMasks
 from lazyllm.policies.select import Selector
 
 Missing = Literal["error", "nan"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a layer is given for the packed tokens.
+
+    Attributes:
+        hidden: [1, t, c] their hidden states.
+        positions: [1, t] their positions.
+        rope: their RoPE, tensors with tokens along axis 1.
+    """
+
+    hidden: Tensor
+    positions: Tensor
+    rope: Any
+
+    def at(self, place: slice) -> Packed:
+        """The part at `place`."""
+        if place == slice(0, self.hidden.shape[1]):
+            return self
+        return Packed(self.hidden[:, place], self.positions[:, place], _cut(self.rope, place))
+
+
+def _cut(value: Any, place: slice) -> Any:
+    return tuple(_cut(part, place) for part in value) if isinstance(value, tuple) else value[:, place]
 
 
 class LazyStack(nn.Module):
@@ -29,6 +56,7 @@ class LazyStack(nn.Module):
         selector: decides which tokens enter the next layer.
         callbacks: told about every layer and step.
         missing: "error" refuses to return logits of pruned positions, "nan" returns NaN for them.
+        chunk: most tokens a layer computes at once.
     """
 
     def __init__(
@@ -37,10 +65,12 @@ class LazyStack(nn.Module):
         selector: Selector,
         callbacks: Sequence[Callback] = (),
         missing: Missing = "error",
+        chunk: int = sys.maxsize,
     ) -> None:
         super().__init__()
         self.layers = contract.layers
-        self.contract, self.selector, self.callbacks, self.missing = contract, selector, callbacks, missing
+        self.contract, self.selector, self.callbacks = contract, selector, callbacks
+        self.missing, self.chunk = missing, chunk
         self.logits_to_keep: int | Tensor = 0
         self.token_ids: Tensor | None = None
 
@@ -54,7 +84,10 @@ class LazyStack(nn.Module):
         position_embeddings: object = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Hidden states [b, t, c] to the last layer's output [b, t, c]; NaN where a token was pruned."""
+        """Hidden states [b, t, c] to the last layer's output [b, n, c]; NaN where a token was pruned.
+
+        n is t, or as many columns at the end as the caller of the model said it would read (`logits_to_keep`).
+        """
         cache = self._admit(past_key_values, hidden_states)
         keep = self.logits_to_keep if isinstance(self.logits_to_keep, int) else None
         with open_step(
@@ -75,18 +108,22 @@ class LazyStack(nn.Module):
                 if rope is None or todo is not flight:
                     rope = self.contract.rope(hidden, positions := step.positions())
                 view = step.view(i, visible)
-                plan = self._plan(step, view, i, visible, masks)
-                hidden = layer(
-                    hidden,
-                    attention_mask=plan,
-                    position_ids=positions,
-                    past_key_values=view,
-                    position_embeddings=self.contract.to_layer(rope[self.contract.rope_types[i]], i),
-                    **kwargs,
-                )
-                step.advance(i, hidden)  # depth is i + 1 now
+                packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
+                captured: Captured | None = {} if self.selector.will_score(step, i, visible) else None
+                for place, piece in view.pieces(self.chunk):
+                    part = packed.at(place)
+                    output = layer(
+                        part.hidden,
+                        attention_mask=self._plan(step, piece, i, masks, captured),
+                        position_ids=part.positions,
+                        past_key_values=piece,
+                        position_embeddings=part.rope,
+                        **kwargs,
+                    )
+                    step.receive(place, output)
+                step.advance(i)  # depth is i + 1 now
                 self._tell_layer(step, view, i, visible)
-                visible = self.selector.select(step, i, visible, plan.captured)  # the only pruning decision
+                visible = self.selector.select(step, i, visible, captured or {})  # the only pruning decision
             output = step.output(allow_missing=self.missing == "nan")
         self._tell_end(step)
         return output
@@ -108,7 +145,14 @@ class LazyStack(nn.Module):
         cache.bind(self.contract.decoder)
         return cache
 
-    def _plan(self, step: Step, view: LayerView, layer: int, visible: list[Tensor], masks: RowMasks) -> AttentionPlan:
+    def _plan(
+        self,
+        step: Step,
+        view: LayerView,
+        layer: int,
+        masks: RowMasks,
+        captured: Captured | None,
+    ) -> AttentionPlan:
         """How this layer attends: row by row, with a mask only where the kernel needs one."""
         window = self.contract.windows[layer]
         rows = []
@@ -118,25 +162,21 @@ class LazyStack(nn.Module):
                 continue
             queries, keys = slice(query, query + todo.numel()), slice(key, key + view.attended_tokens(index))
             query, key = queries.stop, keys.stop
-            positions = step.token_positions[index]
+            attended, positions = partial(view.attended, index), step.token_positions[index]
+            new = step.new_among(index, todo)
             rows.append(
                 RowPlan(
                     row=index,
                     queries=queries,
                     keys=keys,
                     query_tokens=todo,
-                    read_key_tokens=(attended := partial(view.attended, index)),
-                    new_queries=step.new_among(index, todo),
+                    read_key_tokens=attended,
+                    new_queries=new,
                     positions=positions,
-                    read_mask=partial(masks.get, index, todo, attended, positions, window),
+                    read_spans=partial(masks.spans, index, todo, attended, positions, window, new=new),
                 )
             )
-        return AttentionPlan(
-            rows=rows,
-            kernel=self.contract.kernel,
-            window=window,
-            capture=self.selector.will_score(step, layer, visible),
-        )
+        return AttentionPlan(rows=rows, kernel=self.contract.kernel, window=window, captured=captured)
 
     def _tell_start(self, step: Step) -> None:
         if step.is_prefill:

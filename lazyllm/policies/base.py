@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lazyllm.errors import ConfigError, unknown
 from lazyllm.models.attention import AttentionInputs
-from lazyllm.policies.query import Query, Unit
+from lazyllm.policies.query import AUTO_TOKENS, Query, Unit
 
 if TYPE_CHECKING:
     from lazyllm.caches.memory import StateMemory
@@ -25,8 +25,8 @@ LayerIndex = int | float
 """A layer as a number (`9`) or as a fraction of the depth (`0.3`)."""
 
 
-class Policy(BaseModel):
-    """A frozen choice along one axis. Fields may be given by name or, in order, by position.
+class Value(BaseModel):
+    """Frozen and validated. Fields may be given by name or, in order, by position.
 
     Raises:
         ConfigError: for an unknown field or a value out of bounds.
@@ -46,14 +46,18 @@ class Policy(BaseModel):
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from None
 
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in type(self).model_fields)
+        return f"{type(self).__name__}({fields})"
+
+
+class Policy(Value):
+    """A frozen choice along one axis."""
+
     @classmethod
     def summary(cls) -> str:
         """First line of the policy's docstring."""
         return (cls.__doc__ or "").strip().splitlines()[0]
-
-    def __str__(self) -> str:
-        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in type(self).model_fields)
-        return f"{type(self).__name__}({fields})"
 
 
 def explain(error: ValidationError, owner: type[BaseModel]) -> str:
@@ -129,6 +133,11 @@ class Scorer(Policy):
     def reads_query(self) -> Query | None:
         """The query it looks back from, None when it has none; these tokens are protected."""
         return None
+
+    @property
+    def compares(self) -> int:
+        """With how many query tokens each visible token is compared, for predicting what a score costs; 0 = none."""
+        return AUTO_TOKENS if self.needs_memory else int(self.needs_attention)
 
     @abstractmethod
     def score(self, context: ScoreContext) -> Tensor:

@@ -26,3 +26,8 @@ class ComposedScorer(Scorer):
     def reads_query(self) -> Query | None:
         """The query of the first part that has one."""
         return next((part.reads_query for part in self.parts if part.reads_query is not None), None)
+
+    @property
+    def compares(self) -> int:
+        """Those of all parts."""
+        return sum(part.compares for part in self.parts)

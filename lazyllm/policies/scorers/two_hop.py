@@ -32,6 +32,11 @@ class TwoHop(ComposedScorer):
         """`scorer`."""
         return (self.scorer,)
 
+    @property
+    def compares(self) -> int:
+        """Those of the first hop, and the tokens it found."""
+        return self.scorer.compares + self.tokens
+
     def score(self, context: ScoreContext) -> Tensor:
         """Scores [v]."""
         first = share_of_sum(self.scorer.score(context).cpu())

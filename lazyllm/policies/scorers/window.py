@@ -28,6 +28,11 @@ class WindowAttention(Scorer):
     heads: Literal["mean", "max"] = "mean"
     pool: OddWidth = 1
 
+    @property
+    def compares(self) -> int:
+        """`window`."""
+        return self.window
+
     def score(self, context: ScoreContext) -> Tensor:
         """Scores [v]."""
         probabilities = context.attention_to_visible(queries=self.window)
