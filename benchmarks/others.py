@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import os
 import random
-import shlex
 import subprocess
-import sys
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +28,8 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from lazyllm.errors import EngineError, InputError, LazyLLMError
 from lazyllm.evaluation.bench import (
@@ -45,20 +43,11 @@ from lazyllm.evaluation.bench import (
     run_rounds,
 )
 from lazyllm.evaluation.data import packaged_model, packaged_text, quiet_loading
-from lazyllm.evaluation.engines import (
-    COLUMNS,
-    EngineLine,
-    EngineReport,
-    Entrant,
-    cells,
-    failures,
-    headline,
-    line_up,
-    markdown,
-)
+from lazyllm.evaluation.engines import EngineLine, EngineReport, Entrant, line_up, section
 from lazyllm.evaluation.export import FILE_TYPES, FileType, write_checkpoint, write_dequantised
 from lazyllm.evaluation.options import names_in, numbers_in
 from lazyllm.evaluation.plots import plot_engines
+from lazyllm.evaluation.sections import command_line, save_page
 from lazyllm.evaluation.workers import FailedRun, Worker, WorkerRun
 from lazyllm.models.loading import dtype_named, load_model
 
@@ -118,7 +107,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of everything, after one to warm up.")] = 7,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the replies.")] = 32,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="1,024 tokens, 3 rounds, 8 new tokens, no kvpress.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="1,024 tokens, one round, 8 new tokens, no kvpress.")] = False,
     only: Annotated[str, typer.Option(help="Engines to run: " + ", ".join(ENGINES))] = ",".join(ENGINES),
     without: Annotated[str, typer.Option(help="Engines to leave out.")] = "",
     dtypes: Annotated[str, typer.Option(help="Dtypes of transformers, lazyllm and kvpress.")] = "float32,bfloat16",
@@ -136,7 +125,7 @@ def main(
         plan = Plan(
             source=Path(model or packaged_model()),
             lengths=[1024] if quick else numbers_in(lengths),
-            rounds=3 if quick else rounds,
+            rounds=1 if quick else rounds,
             new_tokens=8 if quick else new_tokens,
             threads=threads,
             seed=seed,
@@ -193,7 +182,7 @@ def compare_engines(plan: Plan, markdown_file: Path) -> None:
             f"a prompt of {max(plan.lengths)} tokens and a reply of {plan.new_tokens} do not fit into the model's "
             f"context of {model.config.max_position_embeddings}"
         )
-    about = {name: value for name, value in environment(model).items() if name != "threads"}
+    about = environment(model)
     text = packaged_text(tokenizer, max(plan.lengths))
     question = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
     order = random.Random(plan.seed)
@@ -217,11 +206,9 @@ def compare_engines(plan: Plan, markdown_file: Path) -> None:
                 on_error=_note(errors),
             )
             lines += line_up(entrants, timings, errors, length, plan.new_tokens)
-            report = EngineReport(plan.source.name, plan.threads, plan.rounds, command(), about, lines)
+            report = EngineReport(plan.source.name, plan.rounds, command_line(), about, lines)
             written = save(report, plan.out, markdown_file)
-    console.print(table(report))
-    for reason in failures(report):
-        console.print(f"[yellow]{reason}[/yellow]")
+    console.print(Markdown(section(report).markdown()))
     console.print("written:", *written)
 
 
@@ -371,31 +358,9 @@ def told(engine: str, worker: Worker | EngineError, known: Mapping[str, Any]) ->
     }
 
 
-def command() -> str:
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    start = f"OMP_WAIT_POLICY={policy} " if policy else ""
-    return start + shlex.join(["python", "benchmarks/others.py", *sys.argv[1:]])
-
-
 def save(report: EngineReport, out: Path, markdown_file: Path) -> tuple[Path, Path, Path]:
-    written = report.save(out / "others.json"), plot_engines(report, out / "others.png")
-    markdown_file.parent.mkdir(parents=True, exist_ok=True)
-    markdown_file.write_text(markdown(report))
-    return *written, markdown_file
-
-
-def table(report: EngineReport) -> Table:
-    """Medians with the range over the rounds."""
-    view = Table(title=f"{report.model}, {report.threads} threads", caption=headline(report), caption_justify="left")
-    for index, column in enumerate(COLUMNS):
-        view.add_column(column, justify="left" if 0 < index < 4 else "right")
-    previous = None
-    for line in report.lines:
-        if previous not in (None, line.prompt_tokens):
-            view.add_section()
-        previous = line.prompt_tokens
-        view.add_row(*cells(line), style="bold" if line.is_baseline else None)
-    return view
+    page = save_page([section(report)], markdown_file)
+    return report.save(out / "others.json"), page, plot_engines(report, out / "others.png")
 
 
 def progress() -> Progress:

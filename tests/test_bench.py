@@ -33,7 +33,14 @@ def model():
 @pytest.fixture(scope="module")
 def report(model):
     return bench.measure(
-        model, IDS, lengths=LENGTHS, presets=bench.default_presets(), rounds=2, new_tokens=3, model_name="tiny"
+        model,
+        IDS,
+        lengths=LENGTHS,
+        presets=bench.default_presets(),
+        rounds=2,
+        new_tokens=3,
+        model_name="tiny",
+        command="python ttft.py --quick",
     )
 
 
@@ -126,6 +133,25 @@ def test_the_report_says_where_it_was_taken_and_is_plain_json(report, tmp_path):
         "lower_quartile",
         "upper_quartile",
     }
+
+
+def test_the_table_says_how_it_was_taken(report):
+    section = bench.section(report)
+    for said in (
+        "tiny",
+        "10 layers",
+        "24 to 40 tokens",
+        "replies of 3",
+        "float32",
+        "thread",
+        "baseline",
+        "2 interleaved",
+    ):
+        assert said in section.conditions
+    assert "`python ttft.py --quick`" in section.conditions
+    assert "`paper prefill-only`" in section.conditions.partition("Schedules: ")[2]
+    assert [row[1].startswith("**stock") for row in section.rows] == [line.is_baseline for line in report.measurements]
+    assert {len(row) for row in section.rows} == {len(section.columns)}
 
 
 def test_figures_are_drawn(report, model, tmp_path):

@@ -52,6 +52,7 @@ FAKE = """
     serve(load)
 """
 PROMPT = [5, 6, 7, 8, 9, 10]
+ENVIRONMENT = {"layers": 2, "device": "processor", "threads": 2, "torch": "1.0"}
 
 
 class Fixed(bench.TimedRun):
@@ -189,7 +190,7 @@ def report():
             "c": [Timing(8.0)] * 3,
         }
         lines += engines.line_up(entrants, timings, {"d": absent}, length, 3)
-    return engines.EngineReport("tiny", 2, 3, "python others.py --rounds 3", {"torch": "1.0"}, lines)
+    return engines.EngineReport("tiny", 3, "python others.py --rounds 3", ENVIRONMENT, lines)
 
 
 def test_lines_compare_with_the_fastest_unmodified_run(report):
@@ -210,12 +211,20 @@ def test_without_an_unmodified_run_there_are_times_and_no_speedups():
 
 
 def test_the_table_is_markdown_and_says_how_it_was_taken(report):
-    text = engines.markdown(report)
-    for said in ("tiny", "2 threads", "3 interleaved rounds", "python others.py --rounds 3", "torch 1.0"):
+    section = engines.section(report)
+    text = section.markdown()
+    for said in (
+        "tiny",
+        "2 threads",
+        "3 interleaved rounds",
+        "python others.py --rounds 3",
+        "torch 1.0",
+        "4 to 6 tokens",
+    ):
         assert said in text
     rows = [row for row in text.splitlines() if row.startswith("|")]
     assert len(rows) == 2 + len(report.lines)
-    assert {row.count("|") for row in rows} == {len(engines.COLUMNS) + 1}
+    assert {row.count("|") for row in rows} == {len(section.columns) + 1}
     assert [row.startswith("| **4** | **transformers** | **sdpa** |") for row in rows].index(True) == 3
     assert "4.00 (2.00 - 6.00)" in rows[3]
     assert "| 1.00 (1.00 - 1.00) | 4.00x | 200 (200 - 200) | 5.0 | 0.50x | 25% | 20% | 2 of 3 |" in rows[4]
@@ -224,18 +233,17 @@ def test_the_table_is_markdown_and_says_how_it_was_taken(report):
 
 
 def test_results_are_written_as_json_table_and_figure(report, others, tmp_path):
-    saved, figure, table = others.save(report, tmp_path / "new", tmp_path / "docs" / "table.md")
+    saved, page, figure = others.save(report, tmp_path / "new", tmp_path / "docs" / "table.md")
     loaded = json.loads(saved.read_text())
     assert loaded["lines"][2]["ttft_seconds"]["median"] == 1
     assert loaded["command"] == report.command
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert table.read_text() == engines.markdown(report)
-    assert others.table(report).row_count == len(report.lines)
+    assert page.read_text() == engines.section(report).markdown()
 
 
 def test_a_figure_is_drawn_when_everything_failed(report, tmp_path):
     failed = [line for line in report.lines if line.error]
-    only = engines.EngineReport("tiny", 2, 3, "", {}, failed)
+    only = engines.EngineReport("tiny", 3, "", ENVIRONMENT, failed)
     assert plot_engines(only, tmp_path / "failed.png").read_bytes().startswith(b"\x89PNG")
 
 

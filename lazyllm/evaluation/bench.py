@@ -28,6 +28,7 @@ from lazyllm.caches import AuxCache
 from lazyllm.caches.row import PromptMarks
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import EngineError, InputError, unknown
+from lazyllm.evaluation.sections import Section, bold, conditions, in_rounds, length_range, times
 from lazyllm.pipeline import LazyPipeline, TokenClock
 from lazyllm.policies.query import Query, TokenRange
 from lazyllm.prompts import EncodedPrompt, pad_left
@@ -143,13 +144,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Measurements of one model in one dtype, and where they were taken."""
+    """Measurements of one model in one dtype, where they were taken, and what was called."""
 
     model: str
     dtype: str
     rounds: int
     environment: dict[str, Any]
     measurements: list[Measurement]
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -301,6 +303,7 @@ def measure(
     new_tokens: int = 8,
     seed: int = 0,
     model_name: str = "",
+    command: str = "",
     on_round: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
     """Times the unmodified model and every preset at every prompt length.
@@ -314,6 +317,7 @@ def measure(
         new_tokens: length of the replies.
         seed: of the order within a round.
         model_name: what the report calls the model.
+        command: what was called, for the report.
         on_round: told the prompt length and the number of each round that is done.
 
     Raises:
@@ -331,7 +335,7 @@ def measure(
         timings = run_rounds(field, work, rounds, order, on_round)
         measurements += compare(field, timings, length, new_tokens)
     dtype = str(model.dtype).removeprefix("torch.")
-    return BenchReport(model_name, dtype, rounds, environment(model), measurements)
+    return BenchReport(model_name, dtype, rounds, environment(model), measurements, command)
 
 
 def run_rounds(
@@ -401,6 +405,53 @@ def compare(
         )
 
     return [one(run) for run in field]
+
+
+def section(report: BenchReport) -> Section:
+    """The report as a table, the baselines bold."""
+    lines = report.measurements
+    configs = {name: preset_config(name) for line in lines if not (name := line.contender).startswith("stock ")}
+    return Section(
+        title=f"Time to first token: {report.model}, {report.dtype}",
+        conditions=conditions(
+            report.model,
+            report.dtype,
+            report.environment,
+            configs,
+            tokens=f"prompts of {length_range([line.prompt_tokens for line in lines])} tokens, replies of "
+            f"{lines[0].new_tokens}",
+            baseline="the faster unmodified run (bold)",
+            measured=in_rounds(report.rounds),
+            command=report.command,
+        ),
+        columns=[
+            "prompt",
+            "run",
+            "TTFT, seconds",
+            "speedup",
+            "predicted",
+            "realised / predicted",
+            "ms per output token",
+            "speedup",
+            "computed",
+        ],
+        rows=[bold(_cells(line)) if line.is_baseline else _cells(line) for line in lines],
+        notes=["*predicted*: the speedup by operations counted; *computed*: of the whole reply's layer-tokens."],
+    )
+
+
+def _cells(line: Measurement) -> list[str]:
+    return [
+        f"{line.prompt_tokens:,}",
+        line.contender,
+        line.ttft_seconds.show(2),
+        times(line.ttft_speedup),
+        times(line.predicted_ttft_speedup),
+        f"{line.realised_over_predicted:.2f}",
+        line.seconds_per_output_token.show(0, factor=1000) if line.seconds_per_output_token else "",
+        times(line.decode_speedup),
+        f"{line.computed_fraction:.0%}",
+    ]
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lazyllm.errors import EngineError
-from lazyllm.evaluation.bench import Spread, TimedRun, Timing, spread_of_known
+from lazyllm.evaluation.bench import Spread, TimedRun, Timing, preset_config, spread_of_known
+from lazyllm.evaluation.sections import Section, bold, conditions, in_rounds, length_range, times
+
+IN_CONDITIONS = ("layers", "device", "threads")
+"""What a section says of the environment by itself."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,13 @@ class EngineReport:
 
     Attributes:
         model: name of the weights.
-        threads, rounds: of every engine.
+        rounds: of every engine.
         command: what was called.
-        environment: versions and the machine.
+        environment: versions and the machine, as `bench.environment` tells them.
         lines: results.
     """
 
     model: str
-    threads: int
     rounds: int
     command: str
     environment: Mapping[str, Any]
@@ -130,49 +133,63 @@ def line_up(
     return [one(entry) for entry in entrants]
 
 
-COLUMNS = (
-    "prompt",
-    "engine",
-    "run",
-    "dtype",
-    "TTFT, seconds",
-    "speedup",
-    "ms per output token",
-    "tokens per second",
-    "speedup",
-    "computed",
-    "K/V kept",
-    "same tokens",
-)
+def section(report: EngineReport) -> Section:
+    """The report as a table, the baselines bold."""
+    lines = report.lines
+    configs = {line.run: preset_config(line.run) for line in lines if line.engine == "lazyllm"}
+    versions = [f"{name} {value}" for name, value in report.environment.items() if name not in IN_CONDITIONS]
+    return Section(
+        title=f"Engines side by side: {report.model}",
+        conditions=conditions(
+            report.model,
+            ", ".join(dict.fromkeys(line.dtype for line in lines)),
+            report.environment,
+            configs,
+            tokens=f"prompts of {length_range([line.prompt_tokens for line in lines])} tokens, replies of "
+            f"{lines[0].new_tokens}",
+            baseline="the fastest unmodified run of transformers at that length (bold)",
+            measured=f"{in_rounds(report.rounds)}, one engine computing at a time",
+            command=report.command,
+        ),
+        columns=[
+            "prompt",
+            "engine",
+            "run",
+            "dtype",
+            "TTFT, seconds",
+            "speedup",
+            "ms per output token",
+            "tokens per second",
+            "speedup",
+            "computed",
+            "K/V kept",
+            "same tokens",
+        ],
+        rows=[bold(_cells(line)) if line.is_baseline else _cells(line) for line in lines],
+        notes=[
+            "*computed*: of the prompt's layer-tokens; *same tokens*: how far a reply equals the baseline's. "
+            f"{', '.join(versions)}.",
+            *failures(report),
+        ],
+    )
 
 
-def cells(line: EngineLine) -> list[str]:
-    """A line as text, by `COLUMNS`."""
+def _cells(line: EngineLine) -> list[str]:
     what = [f"{line.prompt_tokens:,}", line.engine, line.run, line.dtype]
     if line.ttft_seconds is None:
-        return [*what, "failed", *[""] * (len(COLUMNS) - len(what) - 1)]
+        return [*what, "failed", *[""] * 7]
     per_token = line.seconds_per_output_token
     return [
         *what,
         line.ttft_seconds.show(2),
-        _times(line.ttft_speedup),
+        times(line.ttft_speedup),
         per_token.show(0, factor=1000) if per_token else "",
         f"{1 / per_token.median:.1f}" if per_token else "",
-        _times(line.decode_speedup),
+        times(line.decode_speedup),
         f"{line.computed_fraction:.0%}",
         f"{line.kept_fraction:.0%}",
         "" if line.same_tokens is None else f"{line.same_tokens} of {line.new_tokens}",
     ]
-
-
-def markdown(report: EngineReport) -> str:
-    """The report as a Markdown table under a line that says how it was taken; the baselines are bold."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS)]
-    for line in report.lines:
-        rows.append([f"**{cell}**" if line.is_baseline and cell else cell for cell in map(_escaped, cells(line))])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    reasons = "".join(f"\n- {_escaped(reason)}" for reason in failures(report))
-    return f"```bash\n{report.command}\n```\n\n{headline(report)}\n\n{table}\n" + (reasons and f"{reasons}\n")
 
 
 def failures(report: EngineReport) -> list[str]:
@@ -182,25 +199,6 @@ def failures(report: EngineReport) -> list[str]:
         if line.error is not None:
             concerned.setdefault(line.error, []).append(f"{line.name} at {line.prompt_tokens:,}")
     return [f"{'; '.join(lines)} failed: {error}" for error, lines in concerned.items()]
-
-
-def headline(report: EngineReport) -> str:
-    """What the figures are, in words."""
-    versions = ", ".join(f"{name} {value}" for name, value in report.environment.items())
-    return (
-        f"{report.model}, {report.threads} threads, median (min - max) of {report.rounds} interleaved rounds after a "
-        "warm-up, one engine computing at a time. Speedups are over the fastest unmodified run of transformers at that "
-        "length (bold); *same tokens* counts how far a reply equals that run's. "
-        f"{versions}."
-    )
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "/").replace("\n", " ")
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def _ratio(base: Spread | None, other: Spread | None) -> float | None:
