@@ -2,7 +2,7 @@
 #   make demo    load a small real model and ask a question about a long text, dense beside lazy
 #   make test    the whole test suite, the tests on a real checkpoint included
 #   make check   format, lint and types
-#   make bench   all benchmarks of speed, one after the other, which takes hours; each writes out/NAME.json, .md and .png
+#   make bench   all benchmarks of speed, one after the other, for hours; each writes out/NAME.json, .md and .png
 #                BENCH=--quick     small prompts and one round, a few minutes
 #                BENCH="--lengths 512 --rounds 3 --out out --seed 1"     options that all of them take
 #   make clean   removes .venv, caches and out/

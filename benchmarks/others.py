@@ -107,7 +107,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of everything, after one to warm up.")] = 7,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the replies.")] = 32,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="1,024 tokens, one round, 8 new tokens, no kvpress.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="1,024 tokens, float32, one round, 8 new tokens, no kvpress.")
+    ] = False,
     only: Annotated[str, typer.Option(help="Engines to run: " + ", ".join(ENGINES))] = ",".join(ENGINES),
     without: Annotated[str, typer.Option(help="Engines to leave out.")] = "",
     dtypes: Annotated[str, typer.Option(help="Dtypes of transformers, lazyllm and kvpress.")] = "float32,bfloat16",
@@ -129,7 +131,7 @@ def main(
             new_tokens=8 if quick else new_tokens,
             threads=threads,
             seed=seed,
-            dtypes=names_in(dtypes),
+            dtypes=["float32"] if quick else names_in(dtypes),
             kernels=names_in(kernels),
             presets=names_in(presets),
             keep=keep or None,

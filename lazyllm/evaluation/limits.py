@@ -1,7 +1,7 @@
 """Where pruning ends to pay, and what it must not cost: long prompts, ragged batches, memory, and reviving everything.
 
-Each part gives a section or two. Times are ratios of runs of the same
-round, so that a slow moment of the machine hits both.
+Each part gives a section or two. Times are ratios of runs of the same round, so that a slow moment of the machine hits
+both.
 """
 
 from __future__ import annotations
