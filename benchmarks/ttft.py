@@ -1,9 +1,10 @@
 """Time to first token and per output token: presets beside the unmodified model, by prompt length and dtype.
 
     python benchmarks/ttft.py --lengths 1024,4096 --dtypes float32,bfloat16 --rounds 7 --new-tokens 16
+    python benchmarks/ttft.py --quick
 
 Without --model it measures the packaged SmolLM2-135M-Instruct; prompts are the beginning of State of the Union
-addresses. Writes out/ttft.json and out/ttft.png.
+addresses. Writes out/ttft.json, out/ttft.md and out/ttft.png, anew after every dtype.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from lazyllm.errors import LazyLLMError
-from lazyllm.evaluation.bench import BenchReport, Measurement, default_presets, measure, save_reports
+from lazyllm.evaluation.bench import default_presets, measure, save_reports, section
 from lazyllm.evaluation.data import packaged_model, packaged_text, quiet_loading
 from lazyllm.evaluation.options import names_in, numbers_in
 from lazyllm.evaluation.plots import plot_bench
+from lazyllm.evaluation.sections import command_line, save_page
 from lazyllm.models.loading import dtype_named, load_model
 
 console = Console(width=None if Console().is_terminal else 160)
@@ -36,13 +38,15 @@ def main(
     ),
     rounds: Annotated[int, typer.Option(min=1, help="Runs of everything, after one to warm up.")] = 5,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the replies.")] = 16,
+    quick: Annotated[bool, typer.Option("--quick", help="256 and 512 tokens, one round, 4 new tokens.")] = False,
     model: Annotated[str, typer.Option(help="Hub id, folder or GGUF file; the packaged SmolLM2 without it.")] = "",
     device: Annotated[str, typer.Option(help="Device of the model.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for JSON and PNG.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for JSON, Markdown and PNG.")] = Path("out"),
     seed: Annotated[int, typer.Option(help="Seed of the order within a round.")] = 0,
 ) -> None:
     try:
-        run(numbers_in(lengths), names_in(dtypes), names_in(presets), rounds, new_tokens, model, device, out, seed)
+        sizes = ([256, 512], 1, 4) if quick else (numbers_in(lengths), rounds, new_tokens)
+        run(*sizes, names_in(dtypes), names_in(presets), model, device, out, seed)
     except LazyLLMError as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from None
@@ -50,10 +54,10 @@ def main(
 
 def run(
     lengths: Sequence[int],
-    dtypes: Sequence[str],
-    presets: Sequence[str],
     rounds: int,
     new_tokens: int,
+    dtypes: Sequence[str],
+    presets: Sequence[str],
     model: str,
     device: str,
     out: Path,
@@ -80,46 +84,14 @@ def run(
                 new_tokens=new_tokens,
                 seed=seed,
                 model_name=Path(source).name,
+                command=command_line(),
                 on_round=_advance(progress, task),
             )
         reports.append(report)
-        console.print(table(report))
-        written = save_reports(reports, out / "ttft.json"), plot_bench(reports, out / "ttft.png")
+        console.print(Markdown(section(report).markdown()))
+        page = save_page([section(report) for report in reports], out / "ttft.md")
+        written = save_reports(reports, out / "ttft.json"), page, plot_bench(reports, out / "ttft.png")
     console.print("written:", *written)
-
-
-def table(report: BenchReport) -> Table:
-    """Medians with the range over the rounds."""
-    view = Table(
-        title=f"{report.model}, {report.dtype}, {report.environment['threads']} threads, "
-        f"median (min - max) of {report.rounds} rounds"
-    )
-    for column, justify in (("prompt", "right"), ("run", "left")):
-        view.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for column in ("TTFT s", "speedup", "predicted", "realised / predicted", "ms / token", "speedup", "computed"):
-        view.add_column(column, justify="right")
-    previous = None
-    for line in report.measurements:
-        if previous not in (None, line.prompt_tokens):
-            view.add_section()
-        previous = line.prompt_tokens
-        view.add_row(*_cells(line), style="bold" if line.is_baseline else None)
-    view.caption = "speedups over the faster unmodified run (bold); predicted: from operations counted"
-    return view
-
-
-def _cells(line: Measurement) -> list[str]:
-    return [
-        f"{line.prompt_tokens:,}",
-        line.contender,
-        line.ttft_seconds.show(2),
-        f"{line.ttft_speedup:.2f}x",
-        f"{line.predicted_ttft_speedup:.2f}x",
-        f"{line.realised_over_predicted:.2f}",
-        line.seconds_per_output_token.show(0, factor=1000) if line.seconds_per_output_token else "-",
-        f"{line.decode_speedup:.2f}x" if line.decode_speedup else "-",
-        f"{line.computed_fraction:.0%}",
-    ]
 
 
 def _advance(progress: Progress, task: Any) -> Callable[[int, int], None]:

@@ -6,7 +6,8 @@
     ├── UnsupportedModelError  the model's layers do not follow the contract lazyllm needs
     ├── AttachError            the model already runs under a LazyStack
     ├── CacheError             a cache is of the wrong kind, model, batch or in use
-    └── InputError             a prompt, mask, position or requested output cannot be used
+    ├── InputError             a prompt, mask, position or requested output cannot be used
+    └── EngineError            another engine, run beside lazyllm to compare them, failed
 
 `ConfigError` and `InputError` are also `ValueError`, so generic callers may catch that.
 """
@@ -41,6 +42,10 @@ class CacheError(LazyLLMError):
 
 class InputError(LazyLLMError, ValueError):
     """A prompt, mask, position or requested output cannot be used."""
+
+
+class EngineError(LazyLLMError):
+    """Another engine, run beside lazyllm to compare them, failed; the message says what it said last."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lazyllm import InputError, LazyPipeline
+from lazyllm import Constant, DropCache, InputError, LazyConfig, LazyPipeline
 from lazyllm.evaluation import bench, data
 from lazyllm.evaluation.plots import plot_bench
 
@@ -33,7 +33,14 @@ def model():
 @pytest.fixture(scope="module")
 def report(model):
     return bench.measure(
-        model, IDS, lengths=LENGTHS, presets=bench.default_presets(), rounds=2, new_tokens=3, model_name="tiny"
+        model,
+        IDS,
+        lengths=LENGTHS,
+        presets=bench.default_presets(),
+        rounds=2,
+        new_tokens=3,
+        model_name="tiny",
+        command="python ttft.py --quick",
     )
 
 
@@ -70,21 +77,30 @@ def test_predictions_come_from_the_counted_work(report):
 
 
 def test_the_unmodified_model_replies_as_the_dense_preset_does(model):
-    stock = model.generate(
-        torch.tensor([IDS]), attention_mask=torch.ones(1, len(IDS), dtype=torch.long), **bench.reply_options(4)
-    )
-    lazy = LazyPipeline.from_preset("dense", model).generate(IDS, **bench.reply_options(4))
-    assert lazy.token_ids == stock[0, len(IDS) :].tolist()
+    stock, dense = bench.StockRun(model, "sdpa"), bench.LazyRun(model, "dense", bench.preset_config("dense"))
+    for run in (stock, dense):
+        timing = run.run(bench.Workload([IDS, IDS[:30]], 4))
+        assert len(timing.step_seconds) == 3
+        assert run.kept_fraction == 1
+    assert stock.replies == dense.replies
+    assert [len(reply) for reply in stock.replies] == [4, 4]
 
 
-def test_every_round_runs_everyone_and_the_first_one_does_not_count(model):
+def test_what_is_kept_is_the_share_of_the_keys_and_values_in_the_cache(model):
+    config = LazyConfig(schedule=Constant(keep=0.5, start=6), cache=DropCache())
+    run = bench.LazyRun(model, "four layers of ten keep half", config)
+    run.run(bench.Workload([IDS], 2))
+    assert run.kept_fraction == pytest.approx(0.8)
+
+
+def test_every_round_runs_everyone_and_the_first_one_does_not_count():
     class Noting(bench.TimedRun):
         def run(self, work):
             ran.append(self.name)
             return bench.Timing(1.0)
 
     ran, rounds = [], []
-    field = [Noting(name, model, is_stock=True) for name in "abc"]
+    field = [Noting(name, is_stock=True) for name in "abc"]
     timings = bench.run_rounds(
         field, bench.Workload([IDS], 1), 3, random.Random(0), lambda length, number: rounds.append((length, number))
     )
@@ -117,6 +133,25 @@ def test_the_report_says_where_it_was_taken_and_is_plain_json(report, tmp_path):
         "lower_quartile",
         "upper_quartile",
     }
+
+
+def test_the_table_says_how_it_was_taken(report):
+    section = bench.section(report)
+    for said in (
+        "tiny",
+        "10 layers",
+        "24 to 40 tokens",
+        "replies of 3",
+        "float32",
+        "thread",
+        "baseline",
+        "2 interleaved",
+    ):
+        assert said in section.conditions
+    assert "`python ttft.py --quick`" in section.conditions
+    assert "`paper prefill-only`" in section.conditions.partition("Schedules: ")[2]
+    assert [row[1].startswith("**stock") for row in section.rows] == [line.is_baseline for line in report.measurements]
+    assert {len(row) for row in section.rows} == {len(section.columns)}
 
 
 def test_figures_are_drawn(report, model, tmp_path):

@@ -73,7 +73,7 @@ def test_a_prompt_needs_room_for_the_question_and_a_text_as_long(setup):
 
 def test_the_unmodified_model_gets_a_ragged_batch_padded_on_the_left(monkeypatch):
     model, seen = tiny_model(), {}
-    monkeypatch.setattr(model, "generate", lambda ids, **options: seen.update(ids=ids, **options))
+    monkeypatch.setattr(model, "generate", lambda ids, **options: seen.update(ids=ids, **options) or ids)
     StockRun(model, "sdpa").reply(Workload([[5, 6], [7, 8, 9]], 1), reply_options(1))
     assert seen["ids"].tolist() == [[0, 5, 6], [7, 8, 9]]
     assert seen["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
@@ -82,7 +82,7 @@ def test_the_unmodified_model_gets_a_ragged_batch_padded_on_the_left(monkeypatch
 def test_ratios_are_of_the_same_round(setup):
     class Scripted(TimedRun):
         def __init__(self, name, timings):
-            super().__init__(name, setup.model, is_stock=True)
+            super().__init__(name, is_stock=True)
             self.timings = iter([Timing(9.0), *timings])
 
         def run(self, work):

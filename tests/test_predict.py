@@ -40,7 +40,10 @@ from lazyllm.costs import calibrate as calibration
 from lazyllm.costs.device import data_sheets
 from lazyllm.costs.predict import MEASURED_KEPT
 from lazyllm.costs.shape import named_shapes
-from lazyllm.evaluation.plots import plot_prediction
+from lazyllm.evaluation import predictions
+from lazyllm.evaluation.bench import Spread
+from lazyllm.evaluation.plots import plot_checks, plot_prediction
+from lazyllm.evaluation.sections import save_page
 from tests.tiny import FAMILIES, LAYERS, WINDOW, random_ids, tiny_model
 
 PROMPT = 60
@@ -632,3 +635,27 @@ def test_lengths_of_several_models_are_drawn(tmp_path):
     lines = [predict(SMALL, POLICIES["stages"], flat_device(), tokens=tokens) for tokens in (100, 1000)]
     path = plot_prediction({"one": lines, "two": lines[:1]}, tmp_path / "new" / "costs.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path):
+    model = tiny_model(layers=10)
+    checks = [
+        one for tokens in (20, 30) for one in predictions.check("tiny", model, flat_device(), tokens, rounds=1, seed=0)
+    ]
+    assert [one.run for one in checks] == 2 * ["stock sdpa", *predictions.RUNS]
+    assert all(one.predicted_seconds > 0 and one.measured_seconds.minimum > 0 for one in checks)
+    section = predictions.section(checks, {"layers": 10, "device": "flat", "threads": 1}, 1, "python predict.py")
+    for said in ("tiny", "10 layers", "20 to 30 tokens", "float32", "1 thread;", "baseline", "1 interleaved round "):
+        assert said in section.conditions
+    assert "Constant(0.3): `Constant(keep=0.3" in section.conditions
+    assert save_page([section, section], tmp_path / "new" / "predict.md").read_text().count("\n## ") == 1
+    assert plot_checks(checks, tmp_path / "new" / "predict.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_error_is_relative_to_the_median_measured():
+    measured = Spread.of([1.0, 2.0, 9.0])
+    checks = [
+        predictions.Check("m", run, 8, seconds, measured) for run, seconds in (("a", 3.0), ("b", 1.8), ("c", 2.0))
+    ]
+    assert [one.error for one in checks] == pytest.approx([0.5, -0.1, 0])
+    assert predictions.errors_in_words(checks) == "median error 10.0%, worst 50.0%, of 3"

@@ -27,7 +27,8 @@ import lazyllm
 from lazyllm.caches import AuxCache
 from lazyllm.caches.row import PromptMarks
 from lazyllm.config import LazyConfig, preset_names
-from lazyllm.errors import InputError, unknown
+from lazyllm.errors import EngineError, InputError, unknown
+from lazyllm.evaluation.sections import Section, bold, conditions, in_rounds, length_range, times
 from lazyllm.pipeline import LazyPipeline, TokenClock
 from lazyllm.policies.query import Query, TokenRange
 from lazyllm.prompts import EncodedPrompt, pad_left
@@ -143,13 +144,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Measurements of one model in one dtype, and where they were taken."""
+    """Measurements of one model in one dtype, where they were taken, and what was called."""
 
     model: str
     dtype: str
     rounds: int
     environment: dict[str, Any]
     measurements: list[Measurement]
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -161,36 +163,55 @@ class TimedRun:
 
     Attributes:
         name: what the report calls it.
-        model: what replies.
         is_stock: whether it is the unmodified model.
-        stats: of the last replies, one per row; empty for the unmodified model.
+        replies: token ids of the last replies, one list per row.
+        kept_fraction: share of the prompts' K/V that was kept after the last prefill.
+        stats: of the last replies, one per row; empty where lazyllm did not count.
     """
 
-    def __init__(self, name: str, model: PreTrainedModel, *, is_stock: bool) -> None:
-        self.name, self.model, self.is_stock = name, model, is_stock
+    def __init__(self, name: str, *, is_stock: bool) -> None:
+        self.name, self.is_stock = name, is_stock
+        self.replies: list[list[int]] = []
+        self.kept_fraction = 1.0
         self.stats: list[GenerationStats] = []
 
-    def reply(self, work: Workload, options: dict[str, Any]) -> None:
-        """Generates with `options` of transformers' `generate`."""
+    def run(self, work: Workload) -> Timing:
+        """Generates replies of exactly `work.new_tokens` tokens and returns how long that took.
+
+        Raises:
+            EngineError: when another engine was to reply, and failed.
+        """
         raise NotImplementedError
 
-    def run(self, work: Workload) -> Timing:
-        """Generates replies of exactly `work.new_tokens` tokens and returns how long that took."""
-        started = time.perf_counter()
-        clock = TokenClock(self.model.device)
-        self.reply(work, {**reply_options(work.new_tokens), "stopping_criteria": StoppingCriteriaList([clock])})
-        steps = tuple(after - before for before, after in pairwise(clock.times))
-        return Timing(clock.times[0] - started, steps)
-
     def mean(self, figure: Callable[[GenerationStats], float]) -> float:
-        """A figure of the last replies, mean over the prompts' tokens; 1 for the unmodified model."""
+        """A figure of the last replies, mean over the prompts' tokens; 1 where lazyllm did not count."""
         if not self.stats:
             return 1.0
         tokens = [stats.prompt_tokens for stats in self.stats]
         return float(np.average([figure(stats) for stats in self.stats], weights=tokens))
 
 
-class StockRun(TimedRun):
+class ModelRun(TimedRun):
+    """A model in this process; `run` reads the same clock for all of them."""
+
+    def __init__(self, name: str, model: PreTrainedModel, *, is_stock: bool) -> None:
+        super().__init__(name, is_stock=is_stock)
+        self.model = model
+
+    def run(self, work: Workload) -> Timing:
+        """Times `reply`, to the moments its tokens are there."""
+        started = time.perf_counter()
+        clock = TokenClock(self.model.device)
+        self.reply(work, {**reply_options(work.new_tokens), "stopping_criteria": StoppingCriteriaList([clock])})
+        steps = tuple(after - before for before, after in pairwise(clock.times))
+        return Timing(clock.times[0] - started, steps)
+
+    def reply(self, work: Workload, options: dict[str, Any]) -> None:
+        """Generates with `options` of transformers' `generate`, and notes what came of it."""
+        raise NotImplementedError
+
+
+class StockRun(ModelRun):
     """The unmodified model with one of its attention kernels; a batch is padded on the left."""
 
     def __init__(self, model: PreTrainedModel, kernel: str) -> None:
@@ -206,10 +227,11 @@ class StockRun(TimedRun):
         """Plain `model.generate`."""
         rows = [EncodedPrompt(list(prompt), PromptMarks()) for prompt in work.prompts]
         ids, mask = pad_left(rows, options["pad_token_id"], self.model.device)
-        self.model.generate(ids, attention_mask=mask, **options)
+        output = self.model.generate(ids, attention_mask=mask, **options)
+        self.replies = output[:, ids.shape[1] :].tolist()
 
 
-class LazyRun(TimedRun):
+class LazyRun(ModelRun):
     """A configuration."""
 
     def __init__(self, model: PreTrainedModel, name: str, config: LazyConfig) -> None:
@@ -220,8 +242,10 @@ class LazyRun(TimedRun):
         """`pipeline.generate`, and what it says about the work."""
         prompts = [list(prompt) for prompt in work.prompts]
         questions: list[Query] = list(work.questions)
-        results = self.pipeline.generate(prompts, query=questions or None, **options)
-        self.stats = [result.stats for result in cast(list[GenerationResult], results)]
+        results = cast(list[GenerationResult], self.pipeline.generate(prompts, query=questions or None, **options))
+        self.replies = [result.token_ids for result in results]
+        self.stats = [result.stats for result in results]
+        self.kept_fraction = self.mean(lambda stats: stats.prefill_computed_fraction)
 
 
 def reply_options(new_tokens: int) -> dict[str, Any]:
@@ -279,6 +303,7 @@ def measure(
     new_tokens: int = 8,
     seed: int = 0,
     model_name: str = "",
+    command: str = "",
     on_round: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
     """Times the unmodified model and every preset at every prompt length.
@@ -292,6 +317,7 @@ def measure(
         new_tokens: length of the replies.
         seed: of the order within a round.
         model_name: what the report calls the model.
+        command: what was called, for the report.
         on_round: told the prompt length and the number of each round that is done.
 
     Raises:
@@ -309,7 +335,7 @@ def measure(
         timings = run_rounds(field, work, rounds, order, on_round)
         measurements += compare(field, timings, length, new_tokens)
     dtype = str(model.dtype).removeprefix("torch.")
-    return BenchReport(model_name, dtype, rounds, environment(model), measurements)
+    return BenchReport(model_name, dtype, rounds, environment(model), measurements, command)
 
 
 def run_rounds(
@@ -318,12 +344,25 @@ def run_rounds(
     rounds: int,
     order: random.Random,
     on_round: Callable[[int, int], None] | None = None,
+    on_error: Callable[[TimedRun, EngineError], None] | None = None,
 ) -> dict[str, list[Timing]]:
-    """Timings by name, round by round; round 0 warms up and does not count."""
+    """Timings by name, round by round; round 0 warms up and does not count.
+
+    With `on_error`, which is told the reason, a run whose engine fails drops out; without it the error is raised.
+    """
     timings: dict[str, list[Timing]] = {one.name: [] for one in field}
+    running = list(field)
     for number in range(rounds + 1):
-        for one in order.sample(list(field), len(field)):
-            timing = one.run(work)
+        for one in order.sample(running, len(running)):
+            try:
+                timing = one.run(work)
+            except EngineError as error:
+                if on_error is None:
+                    raise
+                on_error(one, error)
+                running.remove(one)
+                del timings[one.name]
+                continue
             if number:
                 timings[one.name].append(timing)
         if on_round is not None:
@@ -337,7 +376,7 @@ def compare(
     """Medians of every run, and its speedup over the best unmodified run."""
     first = {name: Spread.of([timing.ttft_seconds for timing in runs]) for name, runs in timings.items()}
     further = {
-        name: _spread_of_known([timing.seconds_per_output_token for timing in runs]) for name, runs in timings.items()
+        name: spread_of_known([timing.seconds_per_output_token for timing in runs]) for name, runs in timings.items()
     }
     stock = [run.name for run in field if run.is_stock]
     baseline = min(stock, key=lambda name: first[name].median)
@@ -368,6 +407,53 @@ def compare(
     return [one(run) for run in field]
 
 
+def section(report: BenchReport) -> Section:
+    """The report as a table, the baselines bold."""
+    lines = report.measurements
+    configs = {name: preset_config(name) for line in lines if not (name := line.contender).startswith("stock ")}
+    return Section(
+        title=f"Time to first token: {report.model}, {report.dtype}",
+        conditions=conditions(
+            report.model,
+            report.dtype,
+            report.environment,
+            configs,
+            tokens=f"prompts of {length_range([line.prompt_tokens for line in lines])} tokens, replies of "
+            f"{lines[0].new_tokens}",
+            baseline="the faster unmodified run (bold)",
+            measured=in_rounds(report.rounds),
+            command=report.command,
+        ),
+        columns=[
+            "prompt",
+            "run",
+            "TTFT, seconds",
+            "speedup",
+            "predicted",
+            "realised / predicted",
+            "ms per output token",
+            "speedup",
+            "computed",
+        ],
+        rows=[bold(_cells(line)) if line.is_baseline else _cells(line) for line in lines],
+        notes=["*predicted*: the speedup by operations counted; *computed*: of the whole reply's layer-tokens."],
+    )
+
+
+def _cells(line: Measurement) -> list[str]:
+    return [
+        f"{line.prompt_tokens:,}",
+        line.contender,
+        line.ttft_seconds.show(2),
+        times(line.ttft_speedup),
+        times(line.predicted_ttft_speedup),
+        f"{line.realised_over_predicted:.2f}",
+        line.seconds_per_output_token.show(0, factor=1000) if line.seconds_per_output_token else "",
+        times(line.decode_speedup),
+        f"{line.computed_fraction:.0%}",
+    ]
+
+
 def environment(model: PreTrainedModel) -> dict[str, Any]:
     """Where the figures come from: parameters, device, threads, versions."""
     device = model.device
@@ -393,6 +479,7 @@ def save_reports(reports: Sequence[BenchReport], path: str | Path) -> Path:
     return path
 
 
-def _spread_of_known(values: Sequence[float | None]) -> Spread | None:
+def spread_of_known(values: Sequence[float | None]) -> Spread | None:
+    """Spread of the values that are there; None without any."""
     known = [value for value in values if value is not None]
     return Spread.of(known) if known else None

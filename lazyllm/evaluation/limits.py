@@ -1,7 +1,7 @@
 """Where pruning ends to pay, and what it must not cost: long prompts, ragged batches, memory, and reviving everything.
 
-Each part gives a section: one table under a line that says how it was measured. Times are ratios of runs of the same
-round, so that a slow moment of the machine hits both.
+Each part gives a section or two. Times are ratios of runs of the same round, so that a slow moment of the machine hits
+both.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from lazyllm.caches import AuxCache, DropCache
-from lazyllm.config import LazyConfig, preset_names
+from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
 from lazyllm.evaluation.bench import (
     LazyRun,
@@ -31,6 +30,7 @@ from lazyllm.evaluation.bench import (
     run_rounds,
 )
 from lazyllm.evaluation.memory import Footprint, ReplySize, reply_sizes, trace_reply
+from lazyllm.evaluation.sections import Section, conditions, in_rounds, length_range, save_page
 from lazyllm.policies.query import TokenRange
 from lazyllm.policies.schedules import Constant, PerPhase, Stages
 from lazyllm.result import GenerationStats
@@ -105,20 +105,16 @@ class Setup:
 
     def conditions(self, tokens: str, configs: Mapping[str, LazyConfig], baseline: str, measured: str) -> str:
         """The line that says what was measured, and how."""
-        threads = torch.get_num_threads()
-        presets = [f"`{name}`" for name in configs if name in preset_names()]
-        others = [f"{name}: `{config.schedule}`" for name, config in configs.items() if name not in preset_names()]
-        schedules = "; ".join([*others, *([f"{', '.join(presets)} as shipped"] if presets else [])])
-        return (
-            f"{self.name}, {environment(self.model)['layers']} layers, {tokens}, {self.dtype}, {self.model.device}, "
-            f"{threads} thread{'s' * (threads != 1)}; baseline {baseline}; {measured}; `{self.command}`. "
-            f"Schedules: {schedules}."
+        return conditions(
+            self.name,
+            self.dtype,
+            environment(self.model),
+            configs,
+            tokens=tokens,
+            baseline=baseline,
+            measured=measured,
+            command=self.command,
         )
-
-    @property
-    def in_rounds(self) -> str:
-        """How times are taken."""
-        return f"{self.rounds} interleaved round{'s' * (self.rounds != 1)} after a warm-up, median (min - max)"
 
 
 @dataclass(frozen=True)
@@ -158,30 +154,16 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Section:
-    """A table, and what it takes to read it.
+class Part(Section):
+    """A section of this benchmark.
 
     Attributes:
         part: which part of the benchmark it belongs to.
-        title: what it shows.
-        conditions: how it was measured.
-        columns, rows: the table as text.
-        records: the figures behind it.
-        notes: what stands below it.
+        records: the figures behind the table.
     """
 
-    part: str
-    title: str
-    conditions: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    records: Sequence[dict[str, Any]]
-    notes: Sequence[str] = field(default=())
-
-    def markdown(self) -> str:
-        """The section as Markdown."""
-        lines = ["| " + " | ".join(cells) + " |" for cells in (self.columns, ["---"] * len(self.columns), *self.rows)]
-        return "\n\n".join([f"## {self.title}", self.conditions, "\n".join(lines), *self.notes]) + "\n"
+    part: str = field(kw_only=True)
+    records: Sequence[dict[str, Any]] = field(kw_only=True)
 
 
 def time_runs(setup: Setup, runs: Sequence[TimedRun], work: Workload, *, baseline: str) -> list[Entry]:
@@ -221,7 +203,7 @@ def computed_once(stats: GenerationStats) -> bool:
 # -- growth ------------------------------------------------------------------------------------------
 
 
-def growth(setup: Setup, lengths: Sequence[int]) -> tuple[Section, list[Entry]]:
+def growth(setup: Setup, lengths: Sequence[int]) -> tuple[Part, list[Entry]]:
     """Time per prompt token as prompts grow."""
     longest = setup.model.config.get_text_config(decoder=True).max_position_embeddings
     fitting = [length for length in lengths if length <= longest]
@@ -243,10 +225,12 @@ def growth(setup: Setup, lengths: Sequence[int]) -> tuple[Section, list[Entry]]:
         for entry in entries
     ]
     left_out = [length for length in lengths if length > longest]
-    section = Section(
+    section = Part(
         part="growth",
         title="Time per prompt token",
-        conditions=setup.conditions(f"prompts of {_range_of(fitting)} tokens", configs, STOCK, setup.in_rounds),
+        conditions=setup.conditions(
+            f"prompts of {length_range(fitting)} tokens", configs, STOCK, in_rounds(setup.rounds)
+        ),
         columns=["prompt", "run", "ms per prompt token", "TTFT, seconds", "speedup", "computed"],
         rows=rows,
         records=[asdict(entry) for entry in entries],
@@ -280,7 +264,7 @@ def ragged_batch(setup: Setup, lengths: Sequence[int]) -> Workload:
     return Workload([prompt for prompt, _ in asked], 1, [question for _, question in asked])
 
 
-def batch(setup: Setup, rows: int, shortest: int, longest: int) -> Section:
+def batch(setup: Setup, rows: int, shortest: int, longest: int) -> Part:
     """A ragged batch against the padded one of the unmodified model."""
     lengths = ragged_lengths(rows, shortest, longest, seed=setup.seed)
     configs = {name: LazyConfig.preset(name) for name in BATCH_PRESETS}
@@ -298,14 +282,14 @@ def batch(setup: Setup, rows: int, shortest: int, longest: int) -> Section:
     dense, ratio = next(entry for entry in entries if entry.run == "dense"), entries[0].padded_over_real
     real = entries[0].prompt_tokens
     sizes = ", ".join(f"{length:,}" for length in lengths)
-    return Section(
+    return Part(
         part="batch",
         title="A ragged batch",
         conditions=setup.conditions(
             f"{rows} prompts of {sizes} tokens, {real:,} in all, {ratio * real:,.0f} padded ({ratio:.2f}x)",
             configs,
             f"{STOCK}, padded on the left",
-            setup.in_rounds,
+            in_rounds(setup.rounds),
         ),
         columns=["run", "all first tokens, seconds", "speedup", "speedup / padding", "computed"],
         rows=cells,
@@ -317,7 +301,7 @@ def batch(setup: Setup, rows: int, shortest: int, longest: int) -> Section:
 # -- memory ------------------------------------------------------------------------------------------
 
 
-def memory(setup: Setup, tokens: int, measure: Callable[[LazyConfig, list[int], TokenRange], Footprint]) -> Section:
+def memory(setup: Setup, tokens: int, measure: Callable[[LazyConfig, list[int], TokenRange], Footprint]) -> Part:
     """Bytes of the cache, counted and seen from outside; `measure` takes a configuration, a prompt and its question."""
     prompt, question = setup.prompt(tokens)
     found = {name: measure(config, prompt, question) for name, config in MEMORY_CASES.items()}
@@ -340,7 +324,7 @@ def memory(setup: Setup, tokens: int, measure: Callable[[LazyConfig, list[int], 
     ]
     seen = "allocated on the device" if setup.model.device.type == "cuda" else "resident"
     share = found[KEEP_CASE].total_bytes / dense.kv_bytes
-    return Section(
+    return Part(
         part="memory",
         title="Bytes held",
         conditions=setup.conditions(
@@ -368,7 +352,7 @@ def memory(setup: Setup, tokens: int, measure: Callable[[LazyConfig, list[int], 
     )
 
 
-def long_reply(setup: Setup, tokens: int, reply_tokens: int, *, every: int = 100) -> tuple[Section, list[ReplySize]]:
+def long_reply(setup: Setup, tokens: int, reply_tokens: int, *, every: int = 100) -> tuple[Part, list[ReplySize]]:
     """How the cache of `recommended` grows with the reply."""
     prompt, question = setup.prompt(tokens)
     config = LazyConfig.preset("recommended")
@@ -385,7 +369,7 @@ def long_reply(setup: Setup, tokens: int, reply_tokens: int, *, every: int = 100
         ]
         for size in sizes
     ]
-    section = Section(
+    section = Part(
         part="memory",
         title="Bytes held during a long reply",
         conditions=setup.conditions(
@@ -412,7 +396,7 @@ def everything_revived() -> LazyConfig:
     )
 
 
-def revival(setup: Setup, tokens: int, reply_tokens: int) -> Section:
+def revival(setup: Setup, tokens: int, reply_tokens: int) -> Part:
     """The whole reply when pruning was for nothing."""
     configs = {"dense": LazyConfig.preset("dense"), EVERYTHING_REVIVED: everything_revived()}
     entries = time_runs(setup, _field(setup, configs), setup.workload(tokens, reply_tokens), baseline="dense")
@@ -430,11 +414,11 @@ def revival(setup: Setup, tokens: int, reply_tokens: int) -> Section:
         for entry in entries
     ]
     worst = entries[-1]
-    return Section(
+    return Part(
         part="revival",
         title="Everything pruned, everything revived",
         conditions=setup.conditions(
-            f"a prompt of {tokens:,} tokens and {reply_tokens} new tokens", configs, "dense", setup.in_rounds
+            f"a prompt of {tokens:,} tokens and {reply_tokens} new tokens", configs, "dense", in_rounds(setup.rounds)
         ),
         columns=[
             "run",
@@ -455,14 +439,13 @@ def revival(setup: Setup, tokens: int, reply_tokens: int) -> Section:
 # -- writing -----------------------------------------------------------------------------------------
 
 
-def save_sections(sections: Sequence[Section], folder: Path, *, environment: Mapping[str, Any]) -> tuple[Path, Path]:
+def save_sections(sections: Sequence[Part], folder: Path, *, environment: Mapping[str, Any]) -> tuple[Path, Path]:
     """Writes `limits.json` and `limits.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, page = folder / "limits.json", folder / "limits.md"
+    data = folder / "limits.json"
     content = {"version": 1, "environment": dict(environment), "sections": [asdict(section) for section in sections]}
     data.write_text(json.dumps(content, indent=2))
-    page.write_text("\n".join(section.markdown() for section in sections), encoding="utf-8")
-    return data, page
+    return data, save_page(sections, folder / "limits.md")
 
 
 def _field(setup: Setup, configs: Mapping[str, LazyConfig]) -> list[TimedRun]:
@@ -476,11 +459,6 @@ def _goal(what: str, value: float, *, least: float | None = None, most: float | 
     met = (least is None or value >= least) and (most is None or value <= most)
     bound = f"at least {least}" if least is not None else f"at most {most}"
     return f"Goal, {bound}: {what} is {value:.3f}, {'met' if met else 'missed'}."
-
-
-def _range_of(lengths: Sequence[int]) -> str:
-    low, high = min(lengths), max(lengths)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _yes(holds: bool) -> str:

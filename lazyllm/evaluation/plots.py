@@ -11,10 +11,12 @@ import numpy as np
 if TYPE_CHECKING:
     from lazyllm.callbacks import TokenTrace
     from lazyllm.costs import Prediction
-    from lazyllm.evaluation.bench import BenchReport
+    from lazyllm.evaluation.bench import BenchReport, Spread
     from lazyllm.evaluation.compare import Line
+    from lazyllm.evaluation.engines import EngineReport
     from lazyllm.evaluation.limits import Entry
     from lazyllm.evaluation.memory import ReplySize
+    from lazyllm.evaluation.predictions import Check
     from lazyllm.result import GenerationStats
 
 BANDS = 4
@@ -42,6 +44,34 @@ def plot_bench(reports: Sequence[BenchReport], path: str | Path) -> Path:
         _draw_ttft(left, report)
         _draw_speedups(right, report)
     return _save(figure, path)
+
+
+def plot_engines(report: EngineReport, path: str | Path) -> Path:
+    """Median and range of TTFT and of the time per output token, engine by engine and by prompt length."""
+    names = list(dict.fromkeys(line.name for line in report.lines))
+    path, figure = _new_figure(path, (14, 1.6 + 0.42 * len(names)))
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_engines(left, report, names, "ttft_seconds", 1)
+    _draw_engines(right, report, names, "seconds_per_output_token", 1000)
+    left.set(title=f"{report.model}, {report.environment['threads']} threads", xlabel="TTFT in seconds")
+    right.set(title=f"median and range of {report.rounds} rounds", xlabel="ms per output token")
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.legend(loc="best")
+    return _save(figure, path)
+
+
+def _draw_engines(axes: Any, report: EngineReport, names: Sequence[str], figure: str, factor: float) -> None:
+    lengths = list(dict.fromkeys(line.prompt_tokens for line in report.lines))
+    height = 0.8 / len(lengths)
+    for index, length in enumerate(lengths):
+        lines = [line for line in report.lines if line.prompt_tokens == length and getattr(line, figure) is not None]
+        at = [names.index(line.name) + (index - (len(lengths) - 1) / 2) * height for line in lines]
+        middles, reach = _middles_and_reach([getattr(line, figure) for line in lines], factor=factor)
+        colour = BAND_COLOURS[index % len(BAND_COLOURS)]
+        axes.barh(at, middles, height, color=colour, label=f"{length:,} tokens")
+        axes.errorbar(middles, at, xerr=reach, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
 
 
 def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:
@@ -130,12 +160,7 @@ def plot_growth(entries: Sequence[Entry], path: str | Path) -> Path:
 
 
 def _draw_growth(axes: Any, name: str, points: Sequence[Entry], colour: str) -> None:
-    spreads = [entry.milliseconds_per_prompt_token for entry in points]
-    middles = [spread.median for spread in spreads]
-    reach = [
-        [spread.median - spread.minimum for spread in spreads],
-        [spread.maximum - spread.median for spread in spreads],
-    ]
+    middles, reach = _middles_and_reach([entry.milliseconds_per_prompt_token for entry in points])
     lengths = [entry.prompt_tokens for entry in points]
     axes.errorbar(
         lengths, middles, yerr=reach, fmt="o-", markersize=4, linewidth=1.4, color=colour, capsize=2, label=name
@@ -152,6 +177,31 @@ def plot_reply_sizes(sizes: Sequence[ReplySize], path: str | Path) -> Path:
     axes.set(xlabel="tokens of the reply", ylabel="MB more than after the prefill", xlim=(0, tokens[-1]))
     axes.legend(loc="upper left")
     return _save(figure, path)
+
+
+def plot_checks(checks: Sequence[Check], path: str | Path) -> Path:
+    """Time to the first token by prompt length, measured (median and range) and predicted; one panel per model."""
+    models = list(dict.fromkeys(check.model for check in checks))
+    path, figure = _new_figure(path, (6.2 * len(models), 4.4))
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        own = [check for check in checks if check.model == model]
+        for index, run in enumerate(dict.fromkeys(check.run for check in own)):
+            _draw_checks(axes, run, [check for check in own if check.run == run], f"C{index}")
+        lengths = sorted({check.prompt_tokens for check in own})
+        axes.set(title=f"{model}: points measured, lines predicted", xlabel="tokens of the prompt")
+        axes.set(ylabel="TTFT in seconds", xscale="log", yscale="log")
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.xaxis.minorticks_off()
+        axes.legend(loc="best", fontsize=7)
+    return _save(figure, path)
+
+
+def _draw_checks(axes: Any, name: str, points: Sequence[Check], colour: str) -> None:
+    lengths = [check.prompt_tokens for check in points]
+    spreads = [check.measured_seconds for check in points]
+    middles, reach = _middles_and_reach(spreads)
+    axes.errorbar(lengths, middles, yerr=reach, fmt="o", markersize=4, color=colour, capsize=2, label=name)
+    axes.plot(lengths, [check.predicted_seconds for check in points], color=colour, linewidth=1.2)
 
 
 def plot_prediction(predictions: Mapping[str, Sequence[Prediction]], path: str | Path) -> Path:
@@ -225,14 +275,10 @@ def _shares_computed(stats: GenerationStats, start: int, stop: int) -> list[floa
 def _draw_ttft(axes: Any, report: BenchReport) -> None:
     names, lengths = _names_and_lengths(report)
     for at, height, length, lines in _bars(report, names, lengths):
-        middles = [line.ttft_seconds.median for line in lines]
-        spread = [
-            [line.ttft_seconds.median - line.ttft_seconds.minimum for line in lines],
-            [line.ttft_seconds.maximum - line.ttft_seconds.median for line in lines],
-        ]
+        middles, reach = _middles_and_reach([line.ttft_seconds for line in lines])
         colour = BAND_COLOURS[lengths.index(length) % len(BAND_COLOURS)]
         axes.barh(at, middles, height, color=colour, label=f"{length:,} tokens")
-        axes.errorbar(middles, at, xerr=spread, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
+        axes.errorbar(middles, at, xerr=reach, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
     axes.set(
         title=f"{report.model}, {report.dtype}: median and range of {report.rounds} rounds", xlabel="TTFT in seconds"
     )
@@ -277,6 +323,14 @@ def _name_rows(axes: Any, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.legend(loc="best")
+
+
+def _middles_and_reach(spreads: Sequence[Spread], *, factor: float = 1.0) -> tuple[list[float], list[list[float]]]:
+    """Medians, and how far the range lies below and above them."""
+    return [factor * spread.median for spread in spreads], [
+        [factor * (spread.median - spread.minimum) for spread in spreads],
+        [factor * (spread.maximum - spread.median) for spread in spreads],
+    ]
 
 
 def _new_figure(path: str | Path, size: tuple[float, float]) -> tuple[Path, Any]:
