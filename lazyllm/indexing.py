@@ -25,6 +25,9 @@ def is_ascending(tokens: Tensor) -> bool:
 class GrowingBuffer:
     """A tensor that grows along one axis by half of its size, but not by more than a step, so that appending is cheap.
 
+    The first entries are taken as they are, without a copy, and never written to: a prefill is not held up, and the
+    next append makes room.
+
     Attributes:
         length: entries in use.
     """
@@ -36,6 +39,7 @@ class GrowingBuffer:
         self.axis = axis
         self.length = self._reserved = 0
         self._data: Tensor | None = None
+        self._is_own = False
 
     def reserve(self, length: int) -> None:
         """Says that so many entries in all are about to be added: the next growth makes room for them."""
@@ -44,7 +48,10 @@ class GrowingBuffer:
     def append(self, entries: Tensor) -> None:
         """Adds entries behind the last one."""
         added = entries.shape[self.axis]
-        if self._data is None or self.length + added > self._data.shape[self.axis]:
+        if self._data is None and added >= self._reserved:
+            self._data, self.length = entries, added
+            return
+        if self._data is None or not self._is_own or self.length + added > self._data.shape[self.axis]:
             self._grow(entries, max(self.length + added, self._reserved))
         assert self._data is not None
         self._data.narrow(self.axis, self.length, added).copy_(entries)
@@ -56,7 +63,7 @@ class GrowingBuffer:
         grown = like.new_empty(shape)
         if self._data is not None:
             grown.narrow(self.axis, 0, self.length).copy_(self.read())
-        self._data = grown
+        self._data, self._is_own = grown, True
 
     def read(self) -> Tensor:
         """All entries in use, without a copy."""
@@ -72,19 +79,18 @@ class GrowingBuffer:
         if self._data is None:
             return
         kept = self.read().index_select(self.axis, slots.to(self._data.device))
-        self._data, self.length = None, 0
-        self.append(kept)
+        self._data, self.length, self._is_own = kept, kept.shape[self.axis], True
 
     def copy(self) -> "GrowingBuffer":
         """An independent copy."""
         twin = GrowingBuffer(self.axis)
         if self._data is not None:
-            twin.append(self.read())
+            twin.append(self.read().clone())
         return twin
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the entries in use."""
-        if self._data is None:
+        if self._data is None or not self.length:
             return 0
         return self._data.nbytes // self._data.shape[self.axis] * self.length
