@@ -63,6 +63,14 @@ def _errors_as_lines() -> Iterator[None]:
 # -- generate --------------------------------------------------------------------------------------
 
 
+PresetOption = Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")]
+ScorerOption = Annotated[str | None, typer.Option(help="Instead of the preset's: 'WindowAttention(window=16)'.")]
+ScheduleOption = Annotated[str | None, typer.Option(help="Instead of the preset's: 'Stages({9: 0.7})'.")]
+CacheOption = Annotated[str | None, typer.Option(help="Instead of the preset's: 'AuxCache(decode=\"reuse\")'.")]
+SinksOption = Annotated[int | None, typer.Option(help="Tokens at the start that are never pruned.")]
+RecentOption = Annotated[int | None, typer.Option(help="Tokens at the end that are never pruned.")]
+
+
 @app.command()
 @_errors_as_lines()
 def generate(
@@ -72,12 +80,12 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
-    preset: Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")] = "recommended",
-    scorer: Annotated[str | None, typer.Option(help="Instead of the preset's: 'WindowAttention(window=16)'.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Instead of the preset's: 'Stages({9: 0.7})'.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Instead of the preset's: 'AuxCache(decode=\"reuse\")'.")] = None,
-    sinks: Annotated[int | None, typer.Option(help="Tokens at the start that are never pruned.")] = None,
-    recent: Annotated[int | None, typer.Option(help="Tokens at the end that are never pruned.")] = None,
+    preset: PresetOption = "recommended",
+    scorer: ScorerOption = None,
+    schedule: ScheduleOption = None,
+    cache: CacheOption = None,
+    sinks: SinksOption = None,
+    recent: RecentOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Temperature of --sample.")] = None,
@@ -339,12 +347,12 @@ def inspect_config(
 @_errors_as_lines()
 def predict_costs(
     model: Annotated[str, typer.Argument(help="A shape's name, or a folder with a config.json.")],
-    preset: Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")] = "recommended",
-    scorer: Annotated[str | None, typer.Option(help="Instead of the preset's: 'WindowAttention(window=16)'.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Instead of the preset's: 'Stages({9: 0.7})'.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Instead of the preset's: 'AuxCache(decode=\"reuse\")'.")] = None,
-    sinks: Annotated[int | None, typer.Option(help="Tokens at the start that are never pruned.")] = None,
-    recent: Annotated[int | None, typer.Option(help="Tokens at the end that are never pruned.")] = None,
+    preset: PresetOption = "recommended",
+    scorer: ScorerOption = None,
+    schedule: ScheduleOption = None,
+    cache: CacheOption = None,
+    sinks: SinksOption = None,
+    recent: RecentOption = None,
     device: Annotated[
         str, typer.Option(help=f"A device's name, {HERE!r} to measure this machine, or a .json file.")
     ] = "h100-sxm",

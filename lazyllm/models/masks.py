@@ -104,15 +104,16 @@ class RowMasks:
         if queries.numel() * keys.numel() <= self.MOST:
             mask = self._mask(queries, keys, window)
             return [Span(WHOLE, WHOLE, lambda: mask)]
-        width = max(1, self.MOST // keys.numel())
+        width, ordered = max(1, self.MOST // keys.numel()), is_ascending(keys)
         return [
-            self._span(queries, keys, window, slice(start, start + width)) for start in range(0, queries.numel(), width)
+            self._span(queries, keys, window, slice(start, start + width), ordered)
+            for start in range(0, queries.numel(), width)
         ]
 
-    def _span(self, queries: Tensor, keys: Tensor, window: int | None, taken: slice) -> Span:
+    def _span(self, queries: Tensor, keys: Tensor, window: int | None, taken: slice, ordered: bool) -> Span:
         queries = queries[taken]
         seen = WHOLE
-        if is_ascending(keys):
+        if ordered:
             first = 0 if window is None else int(torch.searchsorted(keys, queries[0] - window, right=True))
             seen = slice(first, int(torch.searchsorted(keys, queries[-1], right=True)))
         return Span(taken, seen, partial(self._mask, queries, keys[seen], window))
