@@ -86,6 +86,7 @@ def generate(
     cache: CacheOption = None,
     sinks: SinksOption = None,
     recent: RecentOption = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run decode steps on compiled layers.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Temperature of --sample.")] = None,
@@ -97,6 +98,8 @@ def generate(
 ) -> None:
     """Generates a reply: text on stdout, one line of statistics on stderr."""
     config = _config(preset, scorer, schedule, cache, sinks, recent)
+    if compiled:
+        config = config.model_copy(update={"compile": True})
     text = _read_prompt(prompt, prompt_file)
     options = {"max_new_tokens": max_new_tokens, **_decoding(sample, temperature, seed)}
     _check_outputs(stats_json, plot, trace)
@@ -122,14 +125,10 @@ def _config(
     """The preset with what was given instead of its own policies."""
     base = LazyConfig.preset(preset)
     protect = {"sinks": sinks, "recent": recent}
-    return LazyConfig(
-        scorer=base.scorer if scorer is None else scorer,
-        schedule=base.schedule if schedule is None else schedule,
-        cache=base.cache if cache is None else cache,
-        protect=Protect(
-            **{**dict(base.protect), **{key: value for key, value in protect.items() if value is not None}}
-        ),
-    )
+    given = {"scorer": scorer, "schedule": schedule, "cache": cache}
+    own = {name: value for name, value in given.items() if value is not None}
+    protected = {**dict(base.protect), **{name: value for name, value in protect.items() if value is not None}}
+    return LazyConfig(**{**dict(base), **own, "protect": Protect(**protected)})
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

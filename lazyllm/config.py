@@ -22,7 +22,7 @@ PAPER_STAGES: dict[int | float, float] = {0.3: 0.7, 0.6: 0.49, 0.9: 0.343}
 
 
 class LazyConfig(Policy):
-    """Scorer, schedule, cache, protected tokens, and how many tokens a layer takes at once. Defaults are the paper's.
+    """Scorer, schedule, cache, protected tokens, and how layers are run. Policies are the paper's by default.
 
     Each policy may be given as an object, a name, a call such as `"WindowAttention(window=16)"`, or a
     mapping with a `name`; classes outside the registries by import path, `"my_module:MyScorer"`.
@@ -31,6 +31,8 @@ class LazyConfig(Policy):
         scorer, schedule, cache, protect: the policies.
         chunk: most tokens a layer computes at once. A longer step goes through each layer in pieces, so that its
             activations do not grow with the prompt; what is kept is still chosen from the whole prompt.
+        compile: whether steps of one token run layers compiled by torch. The first such step takes up to a minute; then
+            small models with four-bit weights decode faster, others do not.
 
     Raises:
         ConfigError: for anything that cannot be, with the nearest name that exists.
@@ -43,6 +45,7 @@ class LazyConfig(Policy):
     )
     protect: Protect = Field(default_factory=Protect)
     chunk: Annotated[int, Field(ge=1)] = 4096
+    compile: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `LazyConfig(**data)` turns back into this object."""

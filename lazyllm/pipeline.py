@@ -27,6 +27,7 @@ from lazyllm.config import LazyConfig
 from lazyllm.errors import CacheError, ConfigError, InputError
 from lazyllm.models.attach import attached, check_model
 from lazyllm.models.flops import flop_model
+from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
@@ -50,6 +51,7 @@ class LazyPipeline:
         cache: what happens to pruned tokens, and what is attended.
         protect: tokens that are never pruned.
         chunk: most tokens a layer computes at once.
+        compile: whether steps of one token run compiled layers.
         callbacks: told about layers, steps and generations.
 
     Raises:
@@ -67,13 +69,16 @@ class LazyPipeline:
         cache: CachePolicy | str | Mapping[str, Any] | None = None,
         protect: Protect | Mapping[str, Any] | None = None,
         chunk: int | None = None,
+        compile: bool | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        given = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect, "chunk": chunk}
-        self.config = LazyConfig(**{name: policy for name, policy in given.items() if policy is not None})
+        self.config = LazyConfig(
+            **_given(scorer=scorer, schedule=schedule, cache=cache, protect=protect, chunk=chunk, compile=compile)
+        )
         self.tokenizer = tokenizer
         self.callbacks = tuple(callbacks)
         self._model = model
+        self._run: RunLayer = CompiledLayers() if self.config.compile else run_layer
         if model is not None:
             self._contract = check_model(model)
             self._selector = Selector(
@@ -121,6 +126,7 @@ class LazyPipeline:
         cache: CachePolicy | str | Mapping[str, Any] | None = None,
         protect: Protect | Mapping[str, Any] | None = None,
         chunk: int | None = None,
+        compile: bool | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> LazyPipeline:
         """Loads a model and its tokenizer from a hub id, a folder or a GGUF file.
@@ -128,9 +134,8 @@ class LazyPipeline:
         Policies that are given replace those of the preset; without a preset the others are the paper's.
         """
         base = dict(LazyConfig.preset(preset)) if preset is not None else {}
-        own = {"scorer": scorer, "schedule": schedule, "cache": cache, "protect": protect, "chunk": chunk}
-        policies = base | {name: policy for name, policy in own.items() if policy is not None}
-        recipe = cls(**policies, callbacks=callbacks)
+        own = _given(scorer=scorer, schedule=schedule, cache=cache, protect=protect, chunk=chunk, compile=compile)
+        recipe = cls(**{**base, **own}, callbacks=callbacks)
         return recipe.bind(*load_model(path_or_id, gguf_file=gguf_file, dtype=dtype, device_map=device_map))
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LazyPipeline:
@@ -170,7 +175,8 @@ class LazyPipeline:
             AttachError: when the model is attached already.
         """
         everyone = (*self.callbacks, *callbacks)
-        with attached(self.model, self._selector, everyone, missing=missing, chunk=self.config.chunk):
+        how: dict[str, Any] = {"missing": missing, "chunk": self.config.chunk, "run": self._run}
+        with attached(self.model, self._selector, everyone, **how):
             yield self.model
 
     def generate(
@@ -303,6 +309,11 @@ class LazyPipeline:
                 GenerationResult(cast(str, text), new, stats, None if isinstance(output, Tensor) else output)
             )
         return results
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """The fields that were given."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class TextStream:

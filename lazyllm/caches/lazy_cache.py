@@ -258,6 +258,11 @@ class LayerView:
         ]
         return piece
 
+    @property
+    def copies(self) -> bool:
+        """Whether `update` copies what it is given, and keeps no reference to it."""
+        return all(held for held, todo in zip(self._held, self.todo, strict=True) if todo.numel())
+
     def attended_tokens(self, row: int) -> int:
         """How many tokens of a row `update` returns."""
         return self._held[row] + self.todo[row].numel() if self._attends_all[row] else self._visible[row].numel()

@@ -36,6 +36,8 @@ from lazyllm.result import GenerationResult, GenerationStats
 
 STOCK_KERNELS = ("sdpa", "eager")
 PREFILL_ONLY = "prefill-only"
+COMPILED = "compiled"
+VARIANTS = (PREFILL_ONLY, COMPILED)
 """Suffix of a preset's name: the same preset, pruning in prefill alone."""
 
 
@@ -265,21 +267,26 @@ def attention_kernel(model: PreTrainedModel, kernel: str) -> Iterator[None]:
 
 
 def preset_config(name: str) -> LazyConfig:
-    """A preset's configuration; `"paper prefill-only"` is `paper` with a cache that selects in prefill alone.
+    """A preset's configuration, varied by what follows its name: `"paper prefill-only"`, `"dense compiled"`.
+
+    *prefill-only*: with a cache that selects in prefill alone. *compiled*: decode steps run compiled layers.
 
     Raises:
-        InputError: for a preset whose cache cannot do that.
+        InputError: for an unknown variant, or a preset whose cache cannot select in prefill alone.
         ConfigError: for an unknown preset.
     """
-    base, _, suffix = name.partition(" ")
+    base, *variants = name.split(" ")
     config = LazyConfig.preset(base)
-    if not suffix:
-        return config
-    if suffix != PREFILL_ONLY:
-        raise InputError(unknown("variant", suffix, [PREFILL_ONLY]))
-    if not isinstance(config.cache, AuxCache):
-        raise InputError(f"the preset {base!r} has no aux cache, so there is no {PREFILL_ONLY!r} variant of it")
-    return config.model_copy(update={"cache": AuxCache(attend=config.cache.attend, decode="reuse")})
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise InputError(unknown("variant", variant, VARIANTS))
+        if variant == COMPILED:
+            config = config.model_copy(update={"compile": True})
+        elif isinstance(config.cache, AuxCache):
+            config = config.model_copy(update={"cache": AuxCache(attend=config.cache.attend, decode="reuse")})
+        else:
+            raise InputError(f"the preset {base!r} has no aux cache, so there is no {PREFILL_ONLY!r} variant of it")
+    return config
 
 
 def default_presets() -> list[str]:

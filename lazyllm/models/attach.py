@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lazyllm.callbacks import Callback
 from lazyllm.models.attention import ATTENTION_NAME
 from lazyllm.models.families import DecoderContract, contract_of, try_layers
+from lazyllm.models.layers import RunLayer, run_layer
 from lazyllm.models.stack import LazyStack, Missing
 from lazyllm.policies.select import Selector
 
@@ -25,6 +26,7 @@ def attached(
     *,
     missing: Missing = "error",
     chunk: int = sys.maxsize,
+    run: RunLayer = run_layer,
 ) -> Iterator[LazyStack]:
     """The model with its layers run by a LazyStack; restored on the way out, also after an exception.
 
@@ -33,7 +35,7 @@ def attached(
         UnsupportedModelError: when it does not follow the contract.
     """
     contract = contract_of(model)
-    stack = LazyStack(contract, selector, callbacks, missing, chunk)
+    stack = LazyStack(contract, selector, callbacks, missing, chunk, run)
     stack.train(model.training)
     hook = model.register_forward_pre_hook(_note_call(stack), with_kwargs=True)
     with lazy_attention(contract):

@@ -184,8 +184,8 @@ def _try_layer(contract: DecoderContract, index: int) -> str | None:
         return f"cannot run on a packed step: {type(error).__name__}: {error}"
     if view.updates != 1:
         return f"updates the cache {view.updates} times per call instead of once"
-    if plan.calls != 1:
-        return f"calls the registered attention function {plan.calls} times per call instead of once"
+    if len(plan.calls) != 1:
+        return f"calls the registered attention function {len(plan.calls)} times per call instead of once"
     if not isinstance(out, Tensor) or out.shape != hidden.shape:
         return f"returns {type(out).__name__} instead of one tensor of the shape it was given"
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,35 +16,11 @@ from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEn
 from lazyllm.errors import CacheError, InputError
 from lazyllm.models.attention import AttentionPlan, Captured, RowPlan
 from lazyllm.models.families import DecoderContract
+from lazyllm.models.layers import Packed, RunLayer, run_layer
 from lazyllm.models.masks import RowMasks
 from lazyllm.policies.select import Selector
 
 Missing = Literal["error", "nan"]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What a layer is given for the packed tokens.
-
-    Attributes:
-        hidden: [1, t, c] their hidden states.
-        positions: [1, t] their positions.
-        rope: their RoPE, tensors with tokens along axis 1.
-    """
-
-    hidden: Tensor
-    positions: Tensor
-    rope: Any
-
-    def at(self, place: slice) -> Packed:
-        """The part at `place`."""
-        if place == slice(0, self.hidden.shape[1]):
-            return self
-        return Packed(self.hidden[:, place], self.positions[:, place], _cut(self.rope, place))
-
-
-def _cut(value: Any, place: slice) -> Any:
-    return tuple(_cut(part, place) for part in value) if isinstance(value, tuple) else value[:, place]
 
 
 class LazyStack(nn.Module):
@@ -57,6 +32,7 @@ class LazyStack(nn.Module):
         callbacks: told about every layer and step.
         missing: "error" refuses to return logits of pruned positions, "nan" returns NaN for them.
         chunk: most tokens a layer computes at once.
+        run: runs a layer.
     """
 
     def __init__(
@@ -66,11 +42,12 @@ class LazyStack(nn.Module):
         callbacks: Sequence[Callback] = (),
         missing: Missing = "error",
         chunk: int = sys.maxsize,
+        run: RunLayer = run_layer,
     ) -> None:
         super().__init__()
         self.layers = contract.layers
         self.contract, self.selector, self.callbacks = contract, selector, callbacks
-        self.missing, self.chunk = missing, chunk
+        self.missing, self.chunk, self.run = missing, chunk, run
         self.logits_to_keep: int | Tensor = 0
         self.token_ids: Tensor | None = None
 
@@ -111,15 +88,8 @@ class LazyStack(nn.Module):
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured: Captured | None = {} if self.selector.will_score(step, i, visible) else None
                 for place, piece in view.pieces(self.chunk):
-                    part = packed.at(place)
-                    output = layer(
-                        part.hidden,
-                        attention_mask=self._plan(step, piece, i, masks, captured),
-                        position_ids=part.positions,
-                        past_key_values=piece,
-                        position_embeddings=part.rope,
-                        **kwargs,
-                    )
+                    plan = self._plan(step, piece, i, masks, captured)
+                    output = self.run(layer, packed.at(place), plan, piece, kwargs)
                     step.receive(place, output)
                 step.advance(i)  # depth is i + 1 now
                 self._tell_layer(step, view, i, visible)
