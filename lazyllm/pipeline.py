@@ -26,6 +26,7 @@ from lazyllm.callbacks import Callback, GenerateEnd
 from lazyllm.config import LazyConfig
 from lazyllm.errors import CacheError, ConfigError, InputError
 from lazyllm.models.attach import attached, check_model
+from lazyllm.models.families import DecoderContract, contract_of
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
@@ -80,10 +81,7 @@ class LazyPipeline:
         self._model = model
         self._run: RunLayer = CompiledLayers() if self.config.compile else run_layer
         if model is not None:
-            self._contract = check_model(model)
-            self._selector = Selector(
-                self.config.scorer, self.config.schedule, self.config.protect, len(self._contract.layers)
-            )
+            self._take(check_model(model))
 
     # -- making one --------------------------------------------------------------------------------
 
@@ -173,10 +171,14 @@ class LazyPipeline:
 
         Raises:
             AttachError: when the model is attached already.
+            ConfigError, UnsupportedModelError: when it has changed and no longer fits.
         """
+        contract = contract_of(self.model, known=self._contract)
+        if contract is not self._contract:
+            self._take(contract)
         everyone = (*self.callbacks, *callbacks)
         how: dict[str, Any] = {"missing": missing, "chunk": self.config.chunk, "run": self._run}
-        with attached(self.model, self._selector, everyone, **how):
+        with attached(self.model, contract, self._selector, everyone, **how):
             yield self.model
 
     def generate(
@@ -251,6 +253,13 @@ class LazyPipeline:
 
     # -- helpers -----------------------------------------------------------------------------------
 
+    def _take(self, contract: DecoderContract) -> None:
+        """Keeps the model's contract, and what follows from it, until another one is read off the model."""
+        config = self.config
+        self._contract = contract
+        self._selector = Selector(config.scorer, config.schedule, config.protect, len(contract.layers))
+        self._costs = flop_model(self.model, contract)
+
     def _encode(self, prompts: Sequence[Prompt], query: Query | list[Query] | None) -> list[EncodedPrompt]:
         queries = query if isinstance(query, list) else [query] * len(prompts)
         if len(queries) != len(prompts):
@@ -285,7 +294,6 @@ class LazyPipeline:
         options: Mapping[str, Any],
     ) -> list[GenerationResult]:
         sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
-        costs = flop_model(self.model, self._contract)
         each = sequences.shape[0] // len(prompts)
         peak = peak_bytes(self.model.device)
         results = []
@@ -296,7 +304,7 @@ class LazyPipeline:
             rows = range(prompt * per_prompt, (prompt + 1) * per_prompt)
             stats = make_stats(
                 [[step[row] for step in recorder.steps] for row in rows],
-                costs,
+                self._costs,
                 recorder,
                 prompt_tokens=len(prompts[prompt].token_ids),
                 new_tokens=len(new),

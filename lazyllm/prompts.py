@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -80,6 +80,32 @@ class _Text:
         return [] if self.text is None else _asking(self.text, self.user)
 
 
+class UnitStarts(Mapping[Unit, tuple[int, ...]]):
+    """By kind of unit, the first token of each in a text; looked for when they are first read."""
+
+    def __init__(self, known: _Text) -> None:
+        self._known = known
+
+    @cached_property
+    def _found(self) -> dict[Unit, tuple[int, ...]]:
+        return _starts(self._known)
+
+    def __getitem__(self, unit: Unit) -> tuple[int, ...]:
+        return self._found[unit]
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __repr__(self) -> str:
+        return repr(self._found)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self._found,)  # what is written down holds no text
+
+
 def tokens_touching(chars: CharRange, offsets: Sequence[CharRange]) -> TokenRange | None:
     """Range of the tokens that touch `chars`, given each token's characters; None when there is none."""
     left, right = chars
@@ -117,7 +143,7 @@ def encode(
     protected = [_range("protected", span, known) for span in protect.spans]
     if protect.system:
         protected += known.ranges(known.system)
-    marks = PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known), _starts(known))
+    marks = PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known), UnitStarts(known))
     return EncodedPrompt(known.token_ids, marks)
 
 

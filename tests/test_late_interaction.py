@@ -1,6 +1,7 @@
 """Scorers that look back from the query: their formulas, the query itself, and the memory they read."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from lazyllm import (
     SinkRecent,
     TokenTrace,
     TwoHop,
+    prompts,
 )
 from lazyllm.caches.memory import StateMemory
 from lazyllm.prompts import LONGEST_QUESTION, find_questions
@@ -610,6 +612,28 @@ def test_lines_sentences_and_paragraphs_are_told_by_their_first_tokens(pipe):
         "paragraph": (0, 7),
     }  # fmt: skip
     assert pipe.encode([3, 4, 5]).marks.starts == {}
+
+
+@pytest.mark.parametrize(("scorer", "looks"), [(LexicalOverlap(), 0), (Blockwise(Random(), "sentence"), 1)])
+def test_units_are_looked_for_once_and_only_when_they_are_read(scorer: Scorer, looks: int, monkeypatch):
+    looked, find = [], prompts._starts
+    monkeypatch.setattr(prompts, "_starts", lambda known: looked.append(known) or find(known))
+    made = LazyPipeline(
+        tiny_model(), word_tokenizer([*WORDS, "?", "."]), scorer=scorer, schedule=Constant(0.5), cache=AuxCache()
+    )
+    made.generate(UNITS * 3, **GREEDY)
+    assert len(looked) == looks
+
+
+def test_marks_are_equal_and_can_be_written_down_whether_their_units_were_read_or_not(pipe):
+    read, fresh = pipe.encode(UNITS).marks, pipe.encode(UNITS).marks
+    assert read.starts["line"] == (0, 3, 7)
+    assert "line" in repr(read)
+    for marks in (read, fresh):
+        written = pickle.dumps(marks)
+        assert pickle.loads(written) == marks == pipe.encode(UNITS).marks
+        assert b"w3 w4" not in written
+    assert pipe.encode("w1 w2 .").marks != read
 
 
 @pytest.mark.parametrize(

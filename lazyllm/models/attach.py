@@ -21,6 +21,7 @@ from lazyllm.policies.select import Selector
 @contextmanager
 def attached(
     model: PreTrainedModel,
+    contract: DecoderContract,
     selector: Selector,
     callbacks: Sequence[Callback] = (),
     *,
@@ -30,13 +31,10 @@ def attached(
 ) -> Iterator[LazyStack]:
     """The model with its layers run by a LazyStack; restored on the way out, also after an exception.
 
-    Raises:
-        AttachError: when it is attached already.
-        UnsupportedModelError: when it does not follow the contract.
+    `contract` is the one that `contract_of` reads off the model as it is now.
     """
-    contract = contract_of(model)
     stack = LazyStack(contract, selector, callbacks, missing, chunk, run)
-    stack.train(model.training)
+    stack.training = model.training  # of the stack alone: its layers stay as they are
     hook = model.register_forward_pre_hook(_note_call(stack), with_kwargs=True)
     with lazy_attention(contract):
         cast(Any, contract.decoder).layers = nn.ModuleList([stack])
@@ -60,20 +58,14 @@ def _note_call(stack: LazyStack) -> Any:
 @contextmanager
 def lazy_attention(contract: DecoderContract) -> Iterator[None]:
     """Routes the decoder's attention through `planned_attention` for as long as the context lasts."""
-    configs = {id(config): config for module in contract.decoder.modules() if (config := _config(module)) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    before = [config._attn_implementation for config in contract.configs]
     try:
-        for config in configs.values():
+        for config in contract.configs:
             config._attn_implementation_internal = ATTENTION_NAME
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-
-
-def _config(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
-    return config if hasattr(config, "_attn_implementation_internal") else None
+        for config, kernel in zip(contract.configs, before, strict=True):
+            config._attn_implementation_internal = kernel
 
 
 def check_model(model: PreTrainedModel) -> DecoderContract:

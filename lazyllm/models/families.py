@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -32,6 +34,7 @@ class DecoderContract:
         rope_types: by layer, which of the decoder's RoPEs it takes.
         devices: by layer, where it runs.
         max_positions: longest context the model was made for, None = unknown.
+        calls: what runs: `forward` of every layer and of its parts. Other code or other parts are another contract.
     """
 
     decoder: nn.Module
@@ -41,6 +44,13 @@ class DecoderContract:
     rope_types: tuple[str, ...]
     devices: tuple[torch.device, ...]
     max_positions: int | None
+    calls: tuple[Callable[..., Any], ...]
+
+    @cached_property
+    def configs(self) -> list[Any]:
+        """The configurations in which the decoder's modules look up their attention implementation."""
+        found = {id(config): config for module in self.decoder.modules() if (config := _config(module)) is not None}
+        return list(found.values())
 
     def to_layer(self, value: Any, layer: int) -> Any:
         """Tensor, or tuple of tensors, on the device of `layer`."""
@@ -56,8 +66,8 @@ class DecoderContract:
         return {name: rotary(hidden, positions, name) for name in set(self.rope_types)}
 
 
-def contract_of(model: PreTrainedModel) -> DecoderContract:
-    """Reads the contract off a model.
+def contract_of(model: PreTrainedModel, *, known: DecoderContract | None = None) -> DecoderContract:
+    """Reads the contract off a model; `known`, read before, is given back when it still holds.
 
     Raises:
         UnsupportedModelError: when a part is missing, naming the model and the part.
@@ -73,7 +83,9 @@ def contract_of(model: PreTrainedModel) -> DecoderContract:
         raise UnsupportedModelError(f"{name} does not keep its decoder layers in a ModuleList called 'layers'")
     if any(hasattr(layer, "selector") for layer in layers):
         raise AttachError(f"this {name} is attached already; leave the other attached() or generate() first")
-    _check_layer_calls(name, layers)
+    calls = tuple(part.forward for layer in layers for part in (layer, *layer.children()))
+    if known is None or known.calls != calls:
+        _check_layer_calls(name, layers)
     if not hasattr(decoder, "rotary_emb"):
         raise UnsupportedModelError(
             f"{name} has no decoder-level 'rotary_emb': its positions are decided where pruning cannot follow"
@@ -87,10 +99,8 @@ def contract_of(model: PreTrainedModel) -> DecoderContract:
     kernel = config._attn_implementation
     if kernel not in KERNELS:
         raise UnsupportedModelError(f"{name} runs on attention {kernel!r}; load it with one of {', '.join(KERNELS)}")
-    if any(parameter.is_meta and not hasattr(model, "_hf_hook") for parameter in model.parameters()):
-        raise UnsupportedModelError(f"this {name} is on the meta device: it has no weights to run")
     takes_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-    return DecoderContract(
+    contract = DecoderContract(
         decoder=decoder,
         layers=layers,
         kernel=kernel,
@@ -98,7 +108,18 @@ def contract_of(model: PreTrainedModel) -> DecoderContract:
         rope_types=tuple(types) if takes_type else (_ONE_ROPE,) * len(layers),
         devices=tuple(_device(layer) for layer in layers),
         max_positions=getattr(config, "max_position_embeddings", None),
+        calls=calls,
     )
+    if known is not None and known == contract:
+        return known
+    if any(parameter.is_meta and not hasattr(model, "_hf_hook") for parameter in model.parameters()):
+        raise UnsupportedModelError(f"this {name} is on the meta device: it has no weights to run")
+    return contract
+
+
+def _config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "_attn_implementation_internal") else None
 
 
 def _check_layer_calls(name: str, layers: nn.ModuleList) -> None:
