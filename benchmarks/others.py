@@ -1,6 +1,7 @@
 """lazyllm beside other engines: the same weights and prompts on the same machine, round by round.
 
     python benchmarks/others.py --lengths 1024,4096,8000 --rounds 7 --new-tokens 32 --threads 2
+    python benchmarks/others.py --dtypes bfloat16 --weights int4 --without kvpress
     python benchmarks/others.py --quick --without kvpress
 
 transformers and lazyllm run in this process. llama.cpp (the packaged GGUF file as it is, and its weights as F16 and
@@ -22,6 +23,8 @@ import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -50,6 +53,7 @@ from lazyllm.evaluation.plots import plot_engines
 from lazyllm.evaluation.sections import command_line, save_page
 from lazyllm.evaluation.workers import FailedRun, Worker, WorkerRun
 from lazyllm.models.loading import dtype_named, load_model
+from lazyllm.models.quantize import WEIGHTS, weights_named
 
 ENGINES = ("transformers", "lazyllm", "llama.cpp", "kvpress")
 TORCH = torch.__version__.partition("+")[0]
@@ -81,6 +85,7 @@ class Plan:
         source: GGUF file of the model.
         lengths, rounds, new_tokens, threads, seed: of every engine.
         dtypes: of transformers, lazyllm and kvpress.
+        weights: names from `WEIGHTS`, of more runs of transformers and lazyllm in every dtype.
         kernels: attention kernels of unmodified transformers.
         presets: of lazyllm; the first one says how much K/V kvpress keeps, unless `keep` does.
         keep: share of the K/V that kvpress keeps.
@@ -95,6 +100,7 @@ class Plan:
     threads: int
     seed: int
     dtypes: list[str]
+    weights: list[str]
     kernels: list[str]
     presets: list[str]
     keep: float | None
@@ -113,6 +119,9 @@ def main(
     only: Annotated[str, typer.Option(help="Engines to run: " + ", ".join(ENGINES))] = ",".join(ENGINES),
     without: Annotated[str, typer.Option(help="Engines to leave out.")] = "",
     dtypes: Annotated[str, typer.Option(help="Dtypes of transformers, lazyllm and kvpress.")] = "float32,bfloat16",
+    weights: Annotated[
+        str, typer.Option(help=f"Run transformers and lazyllm with these too: {', '.join(WEIGHTS)}.")
+    ] = "",
     kernels: Annotated[str, typer.Option(help="Attention kernels of transformers: sdpa, eager.")] = "sdpa",
     presets: Annotated[str, typer.Option(help="As in ttft.py.")] = ",".join(PRESETS),
     keep: Annotated[
@@ -132,6 +141,7 @@ def main(
             threads=threads,
             seed=seed,
             dtypes=["float32"] if quick else names_in(dtypes),
+            weights=[weights_named(name) for name in names_in(weights)] if weights else [],
             kernels=names_in(kernels),
             presets=names_in(presets),
             keep=keep or None,
@@ -184,7 +194,7 @@ def compare_engines(plan: Plan, markdown_file: Path) -> None:
             f"a prompt of {max(plan.lengths)} tokens and a reply of {plan.new_tokens} do not fit into the model's "
             f"context of {model.config.max_position_embeddings}"
         )
-    about = environment(model)
+    about = environment(model) | ({"torchao": version("torchao")} if plan.weights else {})
     text = packaged_text(tokenizer, max(plan.lengths))
     question = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
     order = random.Random(plan.seed)
@@ -215,11 +225,12 @@ def compare_engines(plan: Plan, markdown_file: Path) -> None:
 
 
 def load(plan: Plan) -> tuple[dict[str, Any], Any]:
-    """The model in every dtype, and its tokenizer."""
+    """The model with every kind of weights, by what the table says of them, and its tokenizer."""
     networks = {}
-    for dtype in plan.dtypes:
-        with console.status(f"loading {plan.source.name} in {dtype}"), quiet_loading():
-            networks[dtype], tokenizer = load_model(plan.source, dtype=dtype_named(dtype))
+    for dtype, weights in product(plan.dtypes, [None, *plan.weights]):
+        kind = f"{weights} in {dtype}" if weights else dtype
+        with console.status(f"loading {plan.source.name} in {kind}"), quiet_loading():
+            networks[kind], tokenizer = load_model(plan.source, dtype=dtype_named(dtype), weights=weights)
     return networks, tokenizer
 
 

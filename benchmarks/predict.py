@@ -19,7 +19,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lazyllm.costs import Device, calibrate
 from lazyllm.errors import LazyLLMError
@@ -30,6 +29,10 @@ from lazyllm.evaluation.plots import plot_checks
 from lazyllm.evaluation.predictions import Check, check, errors_in_words, section
 from lazyllm.evaluation.sections import Section, command_line, save_page
 from lazyllm.models.loading import load_model
+
+# isort: split
+# behind lazyllm, which keeps back what torchao logs while transformers imports it
+from transformers import LlamaConfig, LlamaForCausalLM
 
 QUICK_LENGTHS = [256, 512]
 

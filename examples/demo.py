@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from lazyllm import (
     GenerationResult,
@@ -30,6 +29,10 @@ from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loadi
 from lazyllm.evaluation.plots import plot_kept
 from lazyllm.models.loading import load_model
 from lazyllm.pipeline import TokenClock
+
+# isort: split
+# behind lazyllm, which keeps back what torchao logs while transformers imports it
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 SPEECH, SPEAKER = "1985-Reagan-1", "Ronald Reagan's State of the Union address of 1985"
 QUESTION = "What is the name of the young woman who will graduate from West Point?"

@@ -4,6 +4,9 @@ It computes a prompt token at a layer only when it matters for the next token, a
 skipped token later where it stopped (LazyLLM, Fu et al. 2024, arXiv 2407.14057).
 """
 
+import lazyllm.quiet  # noqa: F401  # before anything else imports transformers
+
+# isort: split
 from lazyllm.caches import CACHES, AuxCache, CachePolicy, DenseCache, DropCache, LazyCache
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace

@@ -23,6 +23,7 @@ from lazyllm.costs import Cost, Device, ModelShape, Prediction, calibrate, predi
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError, LazyLLMError
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
+from lazyllm.models.quantize import WEIGHTS
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies import SCHEDULES, SCORERS
 from lazyllm.policies.base import Keep, Phase, Policy, Registry
@@ -80,6 +81,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")
+    ] = None,
     preset: PresetOption = "recommended",
     scorer: ScorerOption = None,
     schedule: ScheduleOption = None,
@@ -103,7 +107,7 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
     options = {"max_new_tokens": max_new_tokens, **_decoding(sample, temperature, seed)}
     _check_outputs(stats_json, plot, trace)
-    loaded, tokenizer = _load(model, gguf_file, dtype)
+    loaded, tokenizer = _load(model, gguf_file, dtype, weights)
     question: Any = [{"role": "user", "content": text}] if chat else text
     tracer = TokenTrace()
     pipe = LazyPipeline.from_config(config, loaded, tokenizer, callbacks=[tracer] if trace else [])
@@ -187,11 +191,13 @@ def _check_outputs(stats_json: Path | None, plot: Path | None, trace: Path | Non
         raise InputError("--plot needs matplotlib, which is not installed: pip install lazyllm-torch[plots]")
 
 
-def _load(model: str, gguf_file: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    model: str, gguf_file: str | None, dtype: str, weights: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; whatever keeps them from loading is an InputError."""
     kind = dtype if dtype == "auto" else dtype_named(dtype)
     try:
-        return load_model(model, gguf_file=gguf_file, dtype=kind)
+        return load_model(model, gguf_file=gguf_file, dtype=kind, weights=weights)
     except InputError:
         raise
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -118,6 +118,7 @@ class LazyPipeline:
         gguf_file: str | None = None,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
+        weights: str | None = None,
         preset: str | Path | None = None,
         scorer: Scorer | str | Mapping[str, Any] | None = None,
         schedule: Schedule | str | Mapping[str, Any] | None = None,
@@ -129,12 +130,14 @@ class LazyPipeline:
     ) -> LazyPipeline:
         """Loads a model and its tokenizer from a hub id, a folder or a GGUF file.
 
-        Policies that are given replace those of the preset; without a preset the others are the paper's.
+        Policies that are given replace those of the preset; without a preset the others are the paper's. `weights` is
+        "int4" or "int8" for linear layers in so many bits.
         """
         base = dict(LazyConfig.preset(preset)) if preset is not None else {}
         own = _given(scorer=scorer, schedule=schedule, cache=cache, protect=protect, chunk=chunk, compile=compile)
         recipe = cls(**{**base, **own}, callbacks=callbacks)
-        return recipe.bind(*load_model(path_or_id, gguf_file=gguf_file, dtype=dtype, device_map=device_map))
+        loaded = load_model(path_or_id, gguf_file=gguf_file, dtype=dtype, device_map=device_map, weights=weights)
+        return recipe.bind(*loaded)
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LazyPipeline:
         """The same policies for another model."""

@@ -95,6 +95,15 @@ def test_chat_wraps_the_prompt_as_a_user_message(lazyllm, folder):
     assert result.stdout == expected(folder, message, **LazyConfig.preset("dense").to_dict()) + "\n"
 
 
+def test_weights_and_dtype_reach_the_model(lazyllm, folder):
+    def reply(**options) -> str:
+        return expected(folder, PROMPT, preset="recommended", dtype="bfloat16", **options) + "\n"
+
+    result = lazyllm("generate", "--prompt", PROMPT, "--dtype", "bfloat16", "--weights", "int4")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == reply(weights="int4") != reply()
+
+
 def test_options_override_the_preset_one_by_one(lazyllm, tmp_path):
     def computed(*options) -> float:
         file = tmp_path / "stats.json"
@@ -228,6 +237,8 @@ BINARY = b"\x89PNG\r\n\x1a\n\xff\xfe"
         (["--prompt", PROMPT, "--cache", "AuxCache(decode='x')"], ["'x'"]),
         (["--prompt", PROMPT, "--sinks", "-1"], ["sinks", "-1"]),
         (["--prompt", PROMPT, "--dtype", "float31"], ["'float31'", "Did you mean 'float32'?"]),
+        (["--prompt", PROMPT, "--weights", "int3"], ["'int3'", "Known: int4, int8"]),
+        (["--prompt", PROMPT, "--weights", "int4"], ["int4", "float64"]),
         (["--prompt", PROMPT, "--gguf-file", "no.gguf"], ["'no.gguf'"]),
         (["--prompt", PROMPT, "--temperature", "0.5"], ["--sample"]),
         (["--prompt", PROMPT, "--sample", "--temperature", "0"], ["above 0", "0.0"]),

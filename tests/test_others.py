@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import quantize
 
@@ -306,6 +307,23 @@ def tiny_gguf(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_the_model_is_loaded_with_every_kind_of_weights_that_was_asked_for(others, tiny_gguf, monkeypatch):
+    plans = []
+    monkeypatch.setattr(others, "compare_engines", lambda plan, _: plans.append(plan))
+    others.main(model=str(tiny_gguf), dtypes="float32,bfloat16", weights="int4", only="transformers,lazyllm")
+    networks, _ = others.load(plans[0])
+    kinds = {name: (network.dtype, type(network.lm_head.weight).__name__) for name, network in networks.items()}
+    assert kinds == {
+        "float32": (torch.float32, "Parameter"),
+        "int4 in float32": (torch.float32, "Int4OpaqueTensor"),
+        "bfloat16": (torch.bfloat16, "Parameter"),
+        "int4 in bfloat16": (torch.bfloat16, "Int4OpaqueTensor"),
+    }
+    entrants = others.field(plans[0], networks, {}, asking(1))
+    assert {entry.dtype for entry in entrants} == kinds.keys()
+    assert len({entry.timed.name for entry in entrants}) == len(entrants)
 
 
 def weights(path):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.errors import InputError, unknown
+from lazyllm.models.quantize import quantize, weights_named
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
@@ -30,6 +31,7 @@ def load_model(
     gguf_file: str | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
+    weights: str | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode, and its tokenizer.
@@ -39,11 +41,13 @@ def load_model(
         gguf_file: name of a GGUF file inside the folder or repository (needs the `gguf` extra).
         dtype: dtype of the weights; "auto" takes the checkpoint's.
         device_map: as in transformers.
+        weights: "int4" or "int8" quantises the linear layers once they are loaded; see `quantize`.
         options: anything else `AutoModelForCausalLM.from_pretrained` takes.
 
     Raises:
-        InputError: when there is no such file or folder.
+        InputError: when there is no such file or folder, or the model cannot have these weights.
     """
+    kind = None if weights is None else weights_named(weights)
     path = Path(path_or_id)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -56,4 +60,6 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **extra)
     model.eval()
+    if kind is not None:
+        quantize(model, kind)
     return model, tokenizer
