@@ -1,7 +1,7 @@
 """lazyllm beside other engines: the same weights and prompts on the same machine, round by round.
 
     python benchmarks/others.py --lengths 1024,4096,8000 --rounds 7 --new-tokens 32 --threads 2
-    python benchmarks/others.py --dtypes bfloat16 --weights int4 --without kvpress
+    python benchmarks/others.py --dtypes float32,int4/bfloat16 --file-types Q4_1 --without kvpress
     python benchmarks/others.py --quick --without kvpress
 
 transformers and lazyllm run in this process. llama.cpp (the packaged GGUF file as it is, and its weights as F16 and
@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -53,7 +52,7 @@ from lazyllm.evaluation.plots import plot_engines
 from lazyllm.evaluation.sections import command_line, save_page
 from lazyllm.evaluation.workers import FailedRun, Worker, WorkerRun
 from lazyllm.models.loading import dtype_named, load_model
-from lazyllm.models.quantize import WEIGHTS, weights_named
+from lazyllm.models.quantize import Weights, weights_named
 
 ENGINES = ("transformers", "lazyllm", "llama.cpp", "kvpress")
 TORCH = torch.__version__.partition("+")[0]
@@ -85,7 +84,8 @@ class Plan:
         source: GGUF file of the model.
         lengths, rounds, new_tokens, threads, seed: of every engine.
         dtypes: of transformers, lazyllm and kvpress.
-        weights: names from `WEIGHTS`, of more runs of transformers and lazyllm in every dtype.
+        rounded: weights and dtype of more models of transformers and lazyllm, such as ("int4", "bfloat16").
+        file_types: of llama.cpp.
         kernels: attention kernels of unmodified transformers.
         presets: of lazyllm; the first one says how much K/V kvpress keeps, unless `keep` does.
         keep: share of the K/V that kvpress keeps.
@@ -100,7 +100,8 @@ class Plan:
     threads: int
     seed: int
     dtypes: list[str]
-    weights: list[str]
+    rounded: list[tuple[Weights, str]]
+    file_types: list[str]
     kernels: list[str]
     presets: list[str]
     keep: float | None
@@ -118,9 +119,11 @@ def main(
     ] = False,
     only: Annotated[str, typer.Option(help="Engines to run: " + ", ".join(ENGINES))] = ",".join(ENGINES),
     without: Annotated[str, typer.Option(help="Engines to leave out.")] = "",
-    dtypes: Annotated[str, typer.Option(help="Dtypes of transformers, lazyllm and kvpress.")] = "float32,bfloat16",
-    weights: Annotated[
-        str, typer.Option(help=f"Run transformers and lazyllm with these too: {', '.join(WEIGHTS)}.")
+    dtypes: Annotated[
+        str, typer.Option(help="Dtypes of transformers, lazyllm and kvpress; int4/bfloat16 with weights in 4 bits.")
+    ] = "float32,bfloat16",
+    file_types: Annotated[
+        str, typer.Option("--file-types", help="Weights of llama.cpp: the file's own type, F16, F32; all without it.")
     ] = "",
     kernels: Annotated[str, typer.Option(help="Attention kernels of transformers: sdpa, eager.")] = "sdpa",
     presets: Annotated[str, typer.Option(help="As in ttft.py.")] = ",".join(PRESETS),
@@ -133,15 +136,18 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the order within a round.")] = 0,
 ) -> None:
     try:
+        source = Path(model or packaged_model())
+        kinds = [name.rpartition("/") for name in (["float32"] if quick else names_in(dtypes))]
         plan = Plan(
-            source=Path(model or packaged_model()),
+            source=source,
             lengths=[1024] if quick else numbers_in(lengths),
             rounds=1 if quick else rounds,
             new_tokens=8 if quick else new_tokens,
             threads=threads,
             seed=seed,
-            dtypes=["float32"] if quick else names_in(dtypes),
-            weights=[weights_named(name) for name in names_in(weights)] if weights else [],
+            dtypes=[dtype for weights, _, dtype in kinds if not weights],
+            rounded=[(weights_named(weights), dtype) for weights, _, dtype in kinds if weights],
+            file_types=names_in(file_types, known=all_file_types(source)) if file_types else all_file_types(source),
             kernels=names_in(kernels),
             presets=names_in(presets),
             keep=keep or None,
@@ -187,14 +193,14 @@ def compare_engines(plan: Plan, markdown_file: Path) -> None:
     """Runs the plan and writes its results."""
     torch.set_num_threads(plan.threads)
     networks, tokenizer = load(plan)
-    model = networks[plan.dtypes[0]]
+    model = next(iter(networks.values()))
     context_tokens = max(plan.lengths) + plan.new_tokens
     if context_tokens > model.config.max_position_embeddings:
         raise InputError(
             f"a prompt of {max(plan.lengths)} tokens and a reply of {plan.new_tokens} do not fit into the model's "
             f"context of {model.config.max_position_embeddings}"
         )
-    about = environment(model) | ({"torchao": version("torchao")} if plan.weights else {})
+    about = environment(model) | ({"torchao": version("torchao")} if plan.rounded else {})
     text = packaged_text(tokenizer, max(plan.lengths))
     question = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
     order = random.Random(plan.seed)
@@ -227,8 +233,9 @@ def compare_engines(plan: Plan, markdown_file: Path) -> None:
 def load(plan: Plan) -> tuple[dict[str, Any], Any]:
     """The model with every kind of weights, by what the table says of them, and its tokenizer."""
     networks = {}
-    for dtype, weights in product(plan.dtypes, [None, *plan.weights]):
-        kind = f"{weights} in {dtype}" if weights else dtype
+    plain: list[tuple[Weights | None, str]] = [(None, dtype) for dtype in plan.dtypes]
+    for weights, dtype in [*plain, *plan.rounded]:
+        kind = f"{weights}/{dtype}" if weights else dtype
         with console.status(f"loading {plan.source.name} in {kind}"), quiet_loading():
             networks[kind], tokenizer = load_model(plan.source, dtype=dtype_named(dtype), weights=weights)
     return networks, tokenizer
@@ -247,9 +254,10 @@ def field(
                 entrant(LazyRun(network, name, preset_config(name)), "lazyllm", name, dtype) for name in plan.presets
             ]
     if "llama.cpp" in plan.engines:
-        own, *written = file_types(plan.source)
-        entrants.append(entrant(away(running[f"llama.cpp {own}"]), "llama.cpp", "the file", own))
-        entrants += [entrant(away(running[f"llama.cpp {kind}"]), "llama.cpp", "dequantised", kind) for kind in written]
+        own = all_file_types(plan.source)[0]
+        for kind in plan.file_types:
+            run = "the file" if kind == own else "dequantised"
+            entrants.append(entrant(away(running[f"llama.cpp {kind}"]), "llama.cpp", run, kind))
     if "kvpress" in plan.engines:
         kept = plan.keep or kept_by_lazyllm(entrants, work)
         for dtype in plan.dtypes:
@@ -276,7 +284,7 @@ def away(worker: Worker | EngineError, request: Mapping[str, Any] | None = None)
     return FailedRun("", worker) if isinstance(worker, EngineError) else WorkerRun("", worker, request=request)
 
 
-def file_types(source: Path) -> list[str]:
+def all_file_types(source: Path) -> list[str]:
     """The GGUF file's own type, as its name tells, and those it is written in again."""
     own = source.stem.rpartition(".")[2]
     return [own, *(kind for kind in FILE_TYPES if kind != own)]
@@ -288,7 +296,7 @@ def workers(plan: Plan, context_tokens: int) -> Iterator[dict[str, Worker | Engi
     running: dict[str, Worker | EngineError] = {}
     try:
         if "llama.cpp" in plan.engines:
-            for kind in file_types(plan.source):
+            for kind in plan.file_types:
                 arguments = [str(gguf_file(plan, kind)), str(context_tokens), str(plan.threads)]
                 running[f"llama.cpp {kind}"] = start(plan, "llama.cpp", kind, "llama_cpp_worker.py", arguments)
         if "kvpress" in plan.engines:
@@ -308,7 +316,7 @@ def workers(plan: Plan, context_tokens: int) -> Iterator[dict[str, Worker | Engi
 
 def gguf_file(plan: Plan, kind: str) -> Path:
     """The GGUF file itself, or its weights in another type."""
-    if kind == file_types(plan.source)[0]:
+    if kind == all_file_types(plan.source)[0]:
         return plan.source
     path = plan.out / "weights" / f"{plan.source.stem}-{kind}.gguf"
     if not path.exists():

@@ -312,14 +312,12 @@ def tiny_gguf(tmp_path_factory):
 def test_the_model_is_loaded_with_every_kind_of_weights_that_was_asked_for(others, tiny_gguf, monkeypatch):
     plans = []
     monkeypatch.setattr(others, "compare_engines", lambda plan, _: plans.append(plan))
-    others.main(model=str(tiny_gguf), dtypes="float32,bfloat16", weights="int4", only="transformers,lazyllm")
+    others.main(model=str(tiny_gguf), dtypes="float32,int4/bfloat16", only="transformers,lazyllm")
     networks, _ = others.load(plans[0])
     kinds = {name: (network.dtype, type(network.lm_head.weight).__name__) for name, network in networks.items()}
     assert kinds == {
         "float32": (torch.float32, "Parameter"),
-        "int4 in float32": (torch.float32, "Int4OpaqueTensor"),
-        "bfloat16": (torch.bfloat16, "Parameter"),
-        "int4 in bfloat16": (torch.bfloat16, "Int4OpaqueTensor"),
+        "int4/bfloat16": (torch.bfloat16, "Int4OpaqueTensor"),
     }
     entrants = others.field(plans[0], networks, {}, asking(1))
     assert {entry.dtype for entry in entrants} == kinds.keys()
