@@ -2,23 +2,28 @@
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 
 import pytest
 import torch
+from pydantic import create_model
 
 from lazyllm import (
     AuxCache,
+    Combined,
     Constant,
     InputError,
     LastTokenAttention,
     LateInteraction,
+    LazyConfig,
     LazyPipeline,
     Protect,
     Random,
+    Stages,
     TokenTrace,
 )
-from lazyllm.evaluation.compare import STOCK, Journal, compare, run
+from lazyllm.config import preset_names
+from lazyllm.evaluation.compare import STOCK, Journal, _digest, compare, run
 from lazyllm.evaluation.curves import CURVES, curve_points
 from lazyllm.evaluation.plots import plot_kept, plot_quality
 from lazyllm.evaluation.quality import Contender, Verdict, evidence_recall, judge
@@ -187,6 +192,80 @@ def test_a_run_that_was_cut_off_goes_on(tokenizer, tmp_path, monkeypatch):
     lines = compare(whole)
     assert [line.contender for line in lines] == [STOCK, "random"]
     assert json.dumps([line.to_dict() for line in lines])
+
+
+CONFIG = LazyConfig(
+    scorer=Combined({Random(seed=1): 1.0, LastTokenAttention(): 2.0}), schedule=Stages({1: 0.5, 2: 0.3})
+)
+
+
+def widened(value, extra: int = 3):
+    """The same value, of a class that has one more field with a default."""
+    cls = type(value)
+    if isinstance(value, Item):
+        wider = make_dataclass(cls.__name__, [("extra", int, 3)], bases=(cls,), frozen=True)
+        return wider(**vars(value), extra=extra)
+    return create_model(cls.__name__, __base__=cls, extra=(int, 3))(**dict(value), extra=extra)
+
+
+def with_scorer(scorer) -> LazyConfig:
+    return LazyConfig(scorer=Combined({scorer: 1.0, LastTokenAttention(): 2.0}), schedule=CONFIG.schedule)
+
+
+@pytest.mark.parametrize(
+    ("before", "widen"),
+    [
+        (item(), lambda extra: widened(item(), extra)),
+        (CONFIG, lambda extra: widened(CONFIG, extra)),
+        (CONFIG, lambda extra: with_scorer(widened(Random(seed=1), extra))),
+    ],
+    ids=["item", "configuration", "scorer within a scorer"],
+)
+def test_a_new_field_leaves_a_journal_valid_until_it_is_used(before, widen):
+    assert _digest(widen(3)) == _digest(before)
+    assert _digest(widen(4)) != _digest(before)
+
+
+def test_whatever_differs_is_judged_anew():
+    things = [
+        CONFIG,
+        LazyConfig(),
+        LazyConfig(chunk=7),
+        with_scorer(Random(seed=2)),
+        with_scorer(LateInteraction()),
+        LazyConfig(scorer=CONFIG.scorer, schedule=Stages({1: 0.5, 3: 0.3})),
+        LazyConfig(scorer=CONFIG.scorer, schedule=Stages({1: 0.5, 2: 0.4})),
+        LazyConfig(protect=Protect(spans=("w1", "w2"))),
+        LazyConfig(protect=Protect(spans=("w1, w2",))),
+        item(),
+        item(1),
+        item(reference="w1"),
+        item(answers=("w1", "w2")),
+        item(answers=("w1', 'w2",)),
+        item(said="w1"),
+        item(follow_up="w1"),
+        Item("made", [{"role": "user", "content": "w1"}], "w2"),
+        Item("made", [{"role": "system", "content": "w1"}], "w2"),
+    ]
+    assert len({_digest(thing) for thing in things}) == len(things)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_configuration_is_known_again_however_it_was_written(name: str):
+    config = LazyConfig.preset(name)
+    assert _digest(LazyConfig(**config.to_dict())) == _digest(config)
+    assert _digest(LazyConfig(**dict(reversed(dict(config).items())))) == _digest(config)
+
+
+def test_the_order_of_fields_does_not_matter():
+    one, other = (create_model("Pair", **dict.fromkeys(names, (int, 0))) for names in ("ab", "ba"))
+    assert _digest(one(a=1, b=2)) == _digest(other(a=1, b=2)) != _digest(one(a=2, b=1))
+
+
+def test_the_order_of_a_mapping_does_not_matter():
+    stages = {1: 0.5, 2: 0.3}
+    turned = dict(reversed(stages.items()))
+    assert _digest(LazyConfig(schedule=Stages(stages))) == _digest(LazyConfig(schedule=Stages(turned)))
 
 
 def test_the_comparison_is_paired():

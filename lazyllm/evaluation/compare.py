@@ -11,11 +11,12 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 from scipy import stats
 
 from lazyllm.evaluation.quality import Contender, Verdict, judge
@@ -132,8 +133,30 @@ def run(
 
 
 def _digest(thing: Any) -> str:
-    """A few letters that change whenever an item or a configuration does."""
-    return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
+    """A few letters that change whenever an item or a configuration does.
+
+    What stands at its default does not count, so that a new field leaves earlier journals valid. A default that is
+    changed leaves them valid too, wrongly: it needs a new journal.
+    """
+    return hashlib.sha256(_described(thing).encode()).hexdigest()[:12]
+
+
+def _described(thing: Any) -> str:
+    """A value as text; of an object its class and, by name, the fields that differ from their default."""
+    if isinstance(thing, Mapping):
+        return "{" + ", ".join(sorted(f"{key!r}: {_described(value)}" for key, value in thing.items())) + "}"
+    if isinstance(thing, (list, tuple)):
+        return "[" + ", ".join(map(_described, thing)) + "]"
+    if isinstance(thing, BaseModel):
+        known = type(thing).model_fields.items()
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in known}
+    elif is_dataclass(thing):
+        defaults = {field.name: field.default for field in fields(thing)}
+    else:
+        return repr(thing)
+    told = {name: _described(getattr(thing, name)) for name in sorted(defaults)}
+    own = [f"{name}={text}" for name, text in told.items() if text != _described(defaults[name])]
+    return f"{type(thing).__name__}({', '.join(own)})"
 
 
 def compare(verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> list[Line]:
