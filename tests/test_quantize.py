@@ -142,11 +142,12 @@ def test_pruned_and_revived_tokens_replay(weights, kernel, family):
     assert_replays(history, tolerance=ROUNDING)
 
 
-def test_settings_of_the_process_stay_as_they_are():
-    before = torch.get_float32_matmul_precision()
-    for weights in WEIGHTS:
-        quantised(weights)
-    assert torch.get_float32_matmul_precision() == before
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_settings_of_the_process_stay_as_they_are(weights, monkeypatch):
+    changes = []
+    monkeypatch.setattr("torchao.quantization.utils.recommended_inductor_config_setter", lambda: changes.append("set"))
+    quantised(weights)
+    assert not changes
 
 
 @pytest.fixture(scope="module")
