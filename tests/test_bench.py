@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lazyllm import Constant, DropCache, InputError, LazyConfig, LazyPipeline
+from lazyllm import AuxCache, Constant, DropCache, InputError, LazyConfig, LazyPipeline
 from lazyllm.evaluation import bench, data
 from lazyllm.evaluation.plots import plot_bench
 
@@ -173,6 +173,13 @@ def test_figures_are_drawn(report, model, tmp_path):
 def test_what_cannot_be_measured_is_refused(model, options, message):
     with pytest.raises(InputError, match=message):
         bench.measure(model, IDS, **{"presets": ["dense"], **options})
+
+
+def test_a_preset_may_be_varied_in_more_than_one_way():
+    config = bench.preset_config("paper prefill-only compiled")
+    assert config.compile
+    assert config.cache == AuxCache(decode="reuse")
+    assert config.schedule == LazyConfig.preset("paper").schedule
 
 
 def test_an_absent_package_is_named_with_the_command_that_installs_it(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from lazyllm import CACHES, SCHEDULES, SCORERS, Constant, LazyConfig, LazyPipeline, preset_names
+from lazyllm import CACHES, SCHEDULES, SCORERS, Constant, InputError, LazyConfig, LazyPipeline, preset_names
 from lazyllm.cli import app
 from lazyllm.policies import Keep, Phase
 from tests.tiny import word_tokenizer
@@ -116,6 +116,21 @@ def test_options_override_the_preset_one_by_one(lazyllm, tmp_path):
     assert computed("--preset", "paper", "--cache", "DenseCache") == 1
     assert computed("--preset", "paper", "--schedule", "Stages({1: 0.5})") == pytest.approx((40 + 3 * 20) / 160)
     assert computed("--preset", "paper", "--sinks", "15", "--recent", "5") == pytest.approx((40 + 28 + 20 + 20) / 160)
+
+
+def test_what_no_option_names_is_the_presets(lazyllm, tmp_path, monkeypatch):
+    """Not only the policies: how layers are run, too."""
+    made = []
+
+    def note(config, *_, **__):
+        made.append(config)
+        raise InputError("seen enough")
+
+    monkeypatch.setattr("lazyllm.cli.LazyPipeline.from_config", note)
+    path = LazyConfig(chunk=7).save(tmp_path / "own.yaml")
+    for options in ([], ["--compile"]):
+        lazyllm("generate", "--preset", path, "--scorer", "Random", "--prompt", PROMPT, *options)
+    assert [(config.chunk, config.compile) for config in made] == [(7, False), (7, True)]
 
 
 def test_a_configuration_file_is_a_preset(lazyllm, folder, tmp_path):
