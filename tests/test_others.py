@@ -364,3 +364,15 @@ def test_what_cannot_be_converted_is_refused(tiny_gguf, tmp_path):
         write_dequantised(tiny_gguf, tmp_path / "a.gguf", "Q8_0")
     with pytest.raises(InputError, match="there is no GGUF file"):
         write_dequantised(tmp_path / "nothing.gguf", tmp_path / "a.gguf", "F32")
+
+
+def test_all_ways_to_attend_with_one_query_give_the_same(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    one_query = importlib.import_module("one_query")
+    query, keys, values = (torch.randn(1, heads, tokens, 8) for heads, tokens in ((6, 1), (2, 30), (2, 30)))
+    outputs = [way(query, keys, values) for way in one_query.WAYS.values()]
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0])
+    one_query.main(keys="5,30", dtypes="float32", layers=2, rounds=1, out=tmp_path)
+    table = (tmp_path / "one_query.md").read_text()
+    assert all(table.count(name) == 2 for name in one_query.WAYS)

@@ -1,8 +1,8 @@
 """How a layer of the model is run: as it is, or, for one token, compiled.
 
 A decode step of a small model spends half of its time on starting small operations. Compiled, a layer is one call: of
-SmolLM2-135M with four-bit weights a step took 29 ms instead of 41 on two CPU cores. In bfloat16 and float32, where
-reading the weights takes the time, it took as long as before. So compiling is off unless asked for.
+SmolLM2-135M with four-bit weights a step took 9 to 20 % less on two CPU cores (docs/performance.md). In bfloat16 and
+float32, where reading the weights takes the time, it took as long as before. So compiling is off unless asked for.
 """
 
 from __future__ import annotations
