@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -94,7 +94,9 @@ class CompiledLayers:
         # that takes its first entries without a copy.
         if call is None or packed.hidden.shape[1] > 1 or plan.captured is not None or not view.copies:
             output = run_layer(layer, packed, plan, view, options)
-            self._calls[layer] = plan.calls[0]
+            called = plan.calls[0]
+            lasting = {name: option for name, option in called.options.items() if name != "position_ids"}
+            self._calls[layer] = replace(called, options=lasting)
             return output
         running = _RUNNING.set(Attending(call, plan, view))
         try:
