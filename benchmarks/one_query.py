@@ -9,7 +9,7 @@ time before; one way after the other in every round. Writes out/one_query.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -39,9 +39,8 @@ console = Console(width=None if Console().is_terminal else 160)
 def stock(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = query.shape[1] // keys.shape[1], True  # type: ignore[assignment]
-    output: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, keys, values, None, scaling=query.shape[3] ** -0.5)[
-        0
-    ]
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    output: Tensor = sdpa(module, query, keys, values, None, scaling=query.shape[3] ** -0.5)[0]
     return output
 
 
@@ -102,9 +101,8 @@ def main(
 
 
 @torch.no_grad()
-def timed(query: Tensor, stored: Iterable[tuple[Tensor, Tensor]], rounds: int) -> dict[str, Spread]:
+def timed(query: Tensor, stored: Sequence[tuple[Tensor, Tensor]], rounds: int) -> dict[str, Spread]:
     """Seconds of every way over all layers."""
-    stored = list(stored)
     taken: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(rounds + 1):
         for name, way in WAYS.items():

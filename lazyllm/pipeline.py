@@ -180,8 +180,8 @@ class LazyPipeline:
         if contract is not self._contract:
             self._take(contract)
         everyone = (*self.callbacks, *callbacks)
-        how: dict[str, Any] = {"missing": missing, "chunk": self.config.chunk, "run": self._run}
-        with attached(self.model, contract, self._selector, everyone, **how):
+        chunk, run = self.config.chunk, self._run
+        with attached(self.model, contract, self._selector, everyone, missing=missing, chunk=chunk, run=run):
             yield self.model
 
     def generate(

@@ -38,7 +38,7 @@ STOCK_KERNELS = ("sdpa", "eager")
 PREFILL_ONLY = "prefill-only"
 COMPILED = "compiled"
 VARIANTS = (PREFILL_ONLY, COMPILED)
-"""Suffix of a preset's name: the same preset, pruning in prefill alone."""
+"""What may follow a preset's name; see `preset_config`."""
 
 
 @dataclass(frozen=True)
