@@ -259,6 +259,7 @@ class LazyPipeline:
     def _take(self, contract: DecoderContract) -> None:
         """Keeps the model's contract, and what follows from it, until another one is read off the model."""
         config = self.config
+        config.check_model(self.model, self.tokenizer)
         self._contract = contract
         self._selector = Selector(config.scorer, config.schedule, config.protect, len(contract.layers))
         self._costs = flop_model(self.model, contract)

@@ -19,6 +19,8 @@ from lazyllm.models.attention import AttentionInputs
 from lazyllm.policies.query import AUTO_TOKENS, Query, Unit
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from lazyllm.caches.memory import StateMemory
 
 LayerIndex = int | float
@@ -54,10 +56,30 @@ class Value(BaseModel):
 class Policy(Value):
     """A frozen choice along one axis."""
 
+    def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Refuses a model it cannot serve; asks the policies it is made of. Called when a pipeline takes the model.
+
+        Raises:
+            ConfigError: with the reason.
+        """
+        for part in policies_in([getattr(self, name) for name in type(self).model_fields]):
+            part.check_model(model, tokenizer)
+
     @classmethod
     def summary(cls) -> str:
         """First line of the policy's docstring."""
         return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def policies_in(value: Any) -> Iterator[Policy]:
+    """The policies among the values of fields, in lists, tuples and mappings too."""
+    if isinstance(value, Policy):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from policies_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from policies_in(part)
 
 
 def explain(error: ValidationError, owner: type[BaseModel]) -> str:

@@ -1,0 +1,29 @@
+"""A short name for a model's weights, so that what was made with one model is not used with another."""
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+SAMPLES = 16
+"""How many numbers of each parameter are looked at."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """32 hexadecimal digits that go by the names, shapes, dtypes and some numbers of a model's parameters.
+
+    The same weights have the same fingerprint on every device. Quantised weights go by their shape alone.
+    """
+    digest = blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(_sample(parameter))
+    return digest.hexdigest()
+
+
+def _sample(parameter: Tensor) -> bytes:
+    """Some numbers, evenly spaced; none where a parameter is no plain tensor."""
+    if type(parameter.data) is not Tensor or parameter.is_meta or not parameter.numel():
+        return b""
+    places = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64, device=parameter.device).long()
+    return parameter.detach().reshape(-1)[places].double().cpu().numpy().tobytes()
