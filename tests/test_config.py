@@ -55,6 +55,7 @@ REQUIRED = {
     "Pooled": {"scorer": "Random(seed=3)"},
     "Blockwise": {"scorer": "WindowAttention(window=4)", "size": 3},
     "Combined": {"scorers": [("Random", 1.0), ({"name": "Pooled", "scorer": "SinkRecent"}, 0.5)]},
+    "Oracle": {"answer": (5, 7)},
     "Funnel": {"schedules": ["AttentionMass(start=1)", {"name": "Constant", "keep": 0.5, "start": 2}]},
     "FullBelow": {"length": 30, "schedule": {"name": "Stages", "stages": {1: 0.5}}},
     "ByQuestion": {"asked": "Constant(keep=0.5)", "unasked": "Constant()"},

@@ -1,8 +1,10 @@
 """Caches: what happens to a pruned token. A new policy is a file here and a line in `CACHES`."""
 
 from lazyllm.caches.aux_cache import AuxCache
+from lazyllm.caches.budget_cache import BudgetCache
 from lazyllm.caches.dense_cache import DenseCache
 from lazyllm.caches.drop_cache import DropCache
+from lazyllm.caches.evicting_cache import EvictingCache
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.policy import CachePolicy
 from lazyllm.policies.base import Registry
@@ -12,9 +14,21 @@ CACHES: Registry[CachePolicy] = Registry(
     CachePolicy,
     [
         AuxCache,
+        BudgetCache,
         DropCache,
+        EvictingCache,
         DenseCache,
     ],
 )
 
-__all__ = ["CACHES", "AuxCache", "CachePolicy", "DenseCache", "DropCache", "LayerView", "LazyCache"]
+__all__ = [
+    "CACHES",
+    "AuxCache",
+    "BudgetCache",
+    "CachePolicy",
+    "DenseCache",
+    "DropCache",
+    "EvictingCache",
+    "LayerView",
+    "LazyCache",
+]

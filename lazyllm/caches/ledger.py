@@ -89,6 +89,14 @@ class Ledger:
             (tokens, layers), self._running = self._running, None
             self._depth.read()[tokens] = layers
 
+    def retreat(self, tokens: Tensor, layer: int) -> None:
+        """Sets `tokens`, all of them deeper, back to where they wait for `layer`."""
+        depth = self.depth
+        for reached, count in zip(*(part.tolist() for part in depth[tokens].unique(return_counts=True)), strict=True):
+            self.at_depth[reached] -= count
+        self.at_depth[layer] += tokens.numel()
+        depth[tokens] = layer
+
     def restore(self, depth: Tensor) -> None:
         """Goes back to an earlier `depth` [t], forgetting the tokens that came later."""
         self._running = None
