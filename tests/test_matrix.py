@@ -36,9 +36,7 @@ def run(pipe: LazyPipeline) -> tuple[TokenTrace, list[int], LazyCache]:
 @pytest.mark.parametrize(("scorer", "schedule", "cache"), sorted(set(PAIRS)))
 def test_any_scorer_schedule_and_cache_keep_the_common_rules(scorer: str, schedule: str, cache: str):
     parts = built(SCORERS, scorer), built(SCHEDULES, schedule), built(CACHES, cache)
-    pipe = LazyPipeline(
-        tiny_model(), scorer=parts[0], schedule=parts[1], cache=parts[2], protect=PROTECT
-    )
+    pipe = LazyPipeline(tiny_model(), scorer=parts[0], schedule=parts[1], cache=parts[2], protect=PROTECT)
     trace, reply, held = run(pipe)
     again, same, _ = run(pipe)
     assert reply == same

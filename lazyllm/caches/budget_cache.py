@@ -12,15 +12,15 @@ from lazyllm.policies.base import LayerIndex, check_layer_index
 class BudgetCache(AuxCache):
     """AuxCache in which at most `tokens` tokens have K/V beyond `layer`: those used longest ago are pruned again.
 
-    A token that falls out gives up its K/V from `layer` on and waits there, as if the schedule had pruned it; revived, it
-    is computed from there a second time. So law 1 holds between two falls and not across one: `row.retreated` counts the
-    layer-tokens given up. The state in which a token enters `layer` is kept for every token, one hidden row each.
+    A token that falls out gives up its K/V from `layer` on and waits there, as if the schedule had pruned it; revived,
+    it is computed from there a second time. So law 1 holds between two falls and not across one: `row.retreated` counts
+    the layer-tokens given up. The state in which a token enters `layer` is kept for every token, one hidden row each.
     A token counts as used in a step in which it is visible at the last layer.
 
     Attributes:
-        tokens: how many tokens of a row may have K/V beyond `layer`; tokens in use in one step may be more until it ends.
-        layer: where tokens that fall out wait, a number or a fraction of the depth; that of the schedule's first cut saves
-            most.
+        tokens: how many tokens of a row may have K/V beyond `layer`; a step may use more until it ends.
+        layer: where tokens that fall out wait, a number or a fraction of the depth; that of the schedule's first cut
+            saves most.
         sinks: tokens at the start that do not fall out.
     """
 

@@ -1,6 +1,6 @@
 """Eviction: a budget of keys and values per layer."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -28,7 +28,7 @@ class EvictingCache(CachePolicy):
         every: with "decode", at every so many tokens of the reply.
     """
 
-    revives = False
+    revives: ClassVar[bool] = False
 
     attend: Literal["cached"] = "cached"
     scorer: AnyScorer = Field(default_factory=WindowAttention)

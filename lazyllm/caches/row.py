@@ -90,11 +90,11 @@ class Row:
     def use(self, tokens: Tensor) -> None:
         """Notes that `tokens` were visible at the last layer of the step that ends now."""
         now = int(self.last_used.max()) + 1 if self.last_used.numel() else 0
-        used = pad(self.last_used, (0, len(self.ledger) - self.last_used.numel()), value=now)
+        used = pad(self.last_used, (0, len(self.ledger) - self.last_used.numel()), value=now - 1)
         self.last_used = used.index_fill(0, tokens, now)
 
     def retreat(self, most: int, layer: int, sinks: int) -> None:
-        """Sends the tokens used longest ago back to `layer` until at most `most` are deeper; of equals, earlier ones."""
+        """Sends the tokens used longest ago back to `layer`, of equals the earlier, until at most `most` are deeper."""
         depth = self.ledger.depth
         deep = torch.nonzero(depth > layer).squeeze(-1)
         free = deep[deep >= sinks]

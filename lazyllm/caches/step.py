@@ -368,7 +368,9 @@ class Step:
     def _retreat(self) -> None:
         """Sends the tokens used longest ago back to an early layer, where more are deep than the cache may hold."""
         retreat = self.cache.policy.retreat
-        assert retreat is not None and self._retreat_layer is not None and self._visible is not None
+        assert retreat is not None
+        assert self._retreat_layer is not None
+        assert self._visible is not None
         for row, visible in zip(self.rows, self._visible, strict=True):
             row.use(visible)
             row.retreat(retreat.most_tokens, self._retreat_layer, retreat.sinks)

@@ -271,7 +271,8 @@ def _shares(cuts: Mapping[int, Keep], kept: Mapping[int, float]) -> dict[int, fl
 
 def _protected(config: LazyConfig, tokens: int, asked: bool, scorer: Scorer | None = None) -> int:
     """How many tokens of a prompt a scorer, by default the configuration's, never gets to judge; what only the text
-    could tell is not counted."""
+    could tell is not counted.
+    """
     everything = torch.arange(tokens)
     mask = config.protect.mask(everything, tokens, tokens, [], asked=asked)
     query = (scorer or config.scorer).reads_query

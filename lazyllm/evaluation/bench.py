@@ -291,7 +291,8 @@ def preset_config(name: str) -> LazyConfig:
 
 def default_presets() -> list[str]:
     """Every shipped preset that needs no language model to read the prompt first, and the paper's without selection in
-    decode."""
+    decode.
+    """
     names = [name for name in preset_names() if not LazyConfig.preset(name).scorer.reads_models]
     return [*names, f"paper {PREFILL_ONLY}"]
 

@@ -21,6 +21,7 @@ from torch._dynamo.exc import TorchDynamoException
 from lazyllm.caches.lazy_cache import LayerView
 from lazyllm.errors import UnsupportedModelError
 from lazyllm.models.attention import AttentionCall, AttentionPlan, Captured, planned_attention
+from lazyllm.models.families import DecoderContract
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,13 @@ def run_layer(
 
 
 @contextmanager
-def noting_updates(attention: nn.Module | None, captured: Captured | None) -> Iterator[None]:
+def noting_updates(contract: DecoderContract, layer: int, captured: Captured | None) -> Iterator[None]:
     """Notes what a layer's attention adds to its states, where that is asked for."""
-    if captured is None or captured.updates is None or attention is None:
+    if captured is None or captured.updates is None:
         yield
         return
-    updates = captured.updates
+    updates, attention = captured.updates, contract.attention_of(layer)
+    assert attention is not None, "scorers that set needs_update refuse other layers"
     hook = attention.register_forward_hook(lambda _, __, output: updates.append(output[0]))
     try:
         yield

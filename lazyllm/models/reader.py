@@ -21,7 +21,7 @@ from lazyllm.models.attention import Captured
 from lazyllm.models.families import DecoderContract
 from lazyllm.models.flops import causal_pairs, flop_model
 from lazyllm.models.loading import load_model
-from lazyllm.policies.base import LayerIndex, layer_number
+from lazyllm.policies.base import LayerIndex
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.schedules import Constant
 from lazyllm.policies.scorers import Random
@@ -63,7 +63,7 @@ class Reader:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
     def attention(self, token_ids: Tensor, *, queries: int, layers: LayerIndex | None = None) -> list[Tensor]:
-        """By layer, attention [h, q, t] of the last `queries` of the tokens [t]; of the first `layers` layers or all."""
+        """By layer, attention [h, q, t] of the last `queries` tokens over [t]; of the first `layers` layers, or of all."""
         contract = self._shortened(layers)
         watcher = _Watcher(len(contract.layers), queries)
         with self._running(watcher, contract), torch.no_grad():
@@ -73,7 +73,7 @@ class Reader:
         return watcher.noted[0]
 
     def look_ahead(self, token_ids: Tensor, *, tokens: int) -> list[Tensor]:
-        """By layer, attention [h, q, t] that the last token and its greedy continuation, `tokens` in all, pay to [t]."""
+        """By layer, attention [h, q, t] over [t] of the last token and its greedy continuation, `tokens` in all."""
         watcher = _Watcher(len(self.contract.layers), 1)
         cache = LazyCache(DenseCache())
         step, seen = self._batch(token_ids), 0
@@ -110,7 +110,10 @@ class Reader:
         contract = self.contract
         if layers is None:
             return contract
-        most = layer_number(layers, len(contract.layers) + 1, owner="a reader")
+        has = len(contract.layers)
+        most = max(1, int(layers * has + 1e-9)) if isinstance(layers, float) else layers
+        if most > has:
+            raise InputError(f"the scorer's model has {has} layers, of which {most} cannot run")
         return replace(
             contract,
             layers=nn.ModuleList(list(contract.layers)[:most]),
@@ -195,6 +198,6 @@ def _check_tokenizer(
     if theirs != ours:
         different = sum(ours.get(token) != number for token, number in theirs.items())
         raise ConfigError(
-            f"the scorer's model {name!r} has another tokenizer: {different:,} of its {len(theirs):,} tokens have another "
-            "number or none; it must read the same token ids as the model"
+            f"the scorer's model {name!r} has another tokenizer: {different:,} of its {len(theirs):,} tokens have "
+            "another number or none; it must read the same token ids as the model"
         )

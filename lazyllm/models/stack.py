@@ -91,7 +91,7 @@ class LazyStack(nn.Module):
                 view = step.view(i, visible)
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured = self.selector.notes_of(step, i, visible)
-                with noting_updates(self.contract.attention_of(i), captured):
+                with noting_updates(self.contract, i, captured):
                     for place, piece in view.pieces(self.chunk):
                         plan = self._plan(step, piece, i, masks, captured)
                         output = self.run(layer, packed.at(place), plan, piece, kwargs)

@@ -112,7 +112,7 @@ class ScoreContext:
         query: [w] indices of the query tokens, ascending; the last tokens in a decode step.
         computed: [q] indices of the tokens the layer has computed in this step.
         states: [q, c] their hidden states after the layer (the embeddings when layer is -1).
-        attention: the queries, keys and values the layer used; None before the first layer, or when nobody reads them.
+        attention: queries, keys and values the layer used; None before layer 0, or when nobody reads them.
         earlier: those of the layers before it, the latest last, for scorers with `reads_layers` above 1.
         read_next: gives those that the next layer would use; None after the last one.
         memory: features after this layer of every token that has passed it, kept for scorers that set `needs_memory`.
@@ -139,8 +139,10 @@ class ScoreContext:
     reads: Reads = field(default_factory=dict)
 
     def states_of(self, tokens: Tensor) -> Tensor:
-        """Features [v, f] after this layer, the hidden states [v, c] unless a scorer keeps others, of any tokens [v] that
-        have passed it, in this step or before."""
+        """Features [v, f] after this layer of any tokens [v] that have passed it, in this step or before.
+
+        They are the hidden states [v, c], unless a scorer keeps others.
+        """
         assert self.memory is not None, "a scorer that looks back at states sets needs_memory"
         return self.memory.gather(tokens)
 
@@ -205,7 +207,7 @@ class Scorer(Policy):
         return AUTO_TOKENS if self.needs_memory else int(self.needs_attention)
 
     def remembered_values(self, hidden: int) -> int:
-        """How many numbers it remembers of a token whose hidden state has `hidden`, for predicting what a cache holds."""
+        """How many numbers it remembers of a token whose state has `hidden`, for predicting what a cache holds."""
         return hidden if self.needs_memory else 0
 
     def features(self, states: Tensor, update: Tensor | None) -> Tensor:

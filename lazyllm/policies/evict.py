@@ -48,9 +48,7 @@ class Evictor:
             if self._acts(step, index) and len(row.stores[layer]) > most:
                 step.evict(index, layer, self._kept(step, index, layer, states[index], readings, most))
 
-    def _kept(
-        self, step: Step, index: int, layer: int, states: Tensor, readings: Readings, most: int
-    ) -> Tensor:
+    def _kept(self, step: Step, index: int, layer: int, states: Tensor, readings: Readings, most: int) -> Tensor:
         """Slots that stay, in order of position: protected tokens, and the best of the others."""
         tokens, slots = step.rows[index].stores[layer].tokens.sort()
         scores = self.scoring.scores(step, index, layer, tokens, states, readings)

@@ -15,10 +15,10 @@ class ReadsPrompts(Protocol):
         """Token ids [t] of a text, without special tokens."""
 
     def attention(self, token_ids: Tensor, *, queries: int, layers: int | float | None = None) -> list[Tensor]:
-        """By layer, attention [h, q, t] of the last `queries` of the tokens [t]; of the first `layers` layers or all."""
+        """By layer, attention [h, q, t] of the last `queries` tokens over [t]; of the first `layers` layers, or of all."""
 
     def look_ahead(self, token_ids: Tensor, *, tokens: int) -> list[Tensor]:
-        """By layer, attention [h, q, t] that the last token and its greedy continuation, `tokens` in all, pay to [t]."""
+        """By layer, attention [h, q, t] over [t] of the last token and its greedy continuation, `tokens` in all."""
 
     def surprise(self, token_ids: Tensor) -> Tensor:
         """Self-information [t] of each token after those before it, in nats; 0 for the first."""

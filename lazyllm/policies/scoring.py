@@ -92,9 +92,7 @@ class Scoring:
         row = step.rows[index]
         return query_tokens(self.scorer.reads_query or "auto", row.marks.query, len(row.ledger), rolling=rolling)
 
-    def scores(
-        self, step: Step, index: int, layer: int, tokens: Tensor, states: Tensor, readings: Readings
-    ) -> Tensor:
+    def scores(self, step: Step, index: int, layer: int, tokens: Tensor, states: Tensor, readings: Readings) -> Tensor:
         """Scores [v] of the tokens [v] of a row, ascending, on the host.
 
         Raises:
@@ -135,5 +133,3 @@ def checked(scores: object, tokens: Tensor, name: str) -> Tensor:
     if not bool(scores.isfinite().all()):
         raise PolicyError(f"{name} returned {int((~scores.isfinite()).sum())} scores that are NaN or infinite")
     return scores
-
-

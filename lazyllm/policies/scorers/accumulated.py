@@ -13,8 +13,8 @@ from lazyllm.policies.base import ScoreContext, Scorer
 class AccumulatedAttention(Scorer):
     """Attention that a token has received so far, summed over the queries of all steps: the heavy hitters.
 
-    `s_i = sum_q agg_h A[h, q, i]` over all queries q, of the prompt and of the reply, that attended at this layer while i
-    was stored there. Costs as many pairs as the layer's attention itself, in blocks of queries; `window` bounds it.
+    `s_i = sum_q agg_h A[h, q, i]` over all queries q, of the prompt and of the reply, that attended at this layer while
+    i was stored there. Costs as many pairs as the layer's attention itself, in blocks of queries; `window` bounds it.
     A crop takes tokens out, but not what they had added to the others.
     Source: Zhang et al. 2023, H2O, arXiv 2306.14048.
 

@@ -6,8 +6,9 @@ import torch
 from einops import reduce
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lazyllm.errors import InputError
+from lazyllm.errors import ConfigError, InputError
 from lazyllm.policies.base import LayerIndex, ScoreContext, Scorer, check_layer_index
 
 
@@ -16,8 +17,8 @@ class DraftModel(Scorer):
 
     `s_i = mean_q agg_{l, h} A[l, h, q, i]`, q the last token and the `look_ahead - 1` tokens of the draft's greedy
     continuation. Reads token ids alone, so it can prune before layer 0. The draft reads the whole context, dense,
-    whenever it is asked; its work is counted in `stats.reading_flops`. With `layers` only its first layers run, and with
-    `model=None` they are the model's own: the chosen tokens are then computed from layer 0 again.
+    whenever it is asked; its work is counted in `stats.reading_flops`. With `layers` only its first layers run, and
+    with `model=None` they are the model's own: the chosen tokens are then computed from layer 0 again.
     Source: SpecPrefill (draft model, look-ahead, maximum over layers and heads); Shi et al. 2024, GemFilter,
     arXiv 2409.17422 (the model's own early layers, mean over heads of one layer).
 
@@ -47,6 +48,12 @@ class DraftModel(Scorer):
     def reads_models(self) -> tuple[str | None, ...]:
         """`model`."""
         return (self.model,)
+
+    def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Refuses to run more layers than the model has."""
+        has = model.config.get_text_config(decoder=True).num_hidden_layers
+        if self.model is None and isinstance(self.layers, int) and self.layers > has:
+            raise ConfigError(f"{self}: the model has {has} layers, of which {self.layers} cannot run")
 
     def score(self, context: ScoreContext) -> Tensor:
         """Scores [v] in [0, 1].

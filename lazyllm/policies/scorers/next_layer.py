@@ -13,8 +13,8 @@ from lazyllm.policies.pooling import OddWidth, max_over_neighbours
 class NextLayerAttention(Scorer):
     """Attention of the last `window` new tokens by the next layer's own queries and keys, which no earlier layer has.
 
-    `s_i = max_{|j-i| <= pool//2} agg_h mean_q A_{l+1}[h, q, j]`. The next layer projects all visible tokens once for the
-    score and the chosen ones again when it runs: about a tenth of a layer, which is not counted as computed.
+    `s_i = max_{|j-i| <= pool//2} agg_h mean_q A_{l+1}[h, q, j]`. The next layer projects all visible tokens once for
+    the score and the chosen ones again when it runs: about a tenth of a layer, which is not counted as computed.
     Source: SPTS, arXiv 2601.13155: scores of the layer before are stale.
 
     Attributes:
