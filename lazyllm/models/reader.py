@@ -63,7 +63,7 @@ class Reader:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
     def attention(self, token_ids: Tensor, *, queries: int, layers: LayerIndex | None = None) -> list[Tensor]:
-        """By layer, attention [h, q, t] of the last `queries` tokens over [t]; of the first `layers` layers, or of all."""
+        """By layer, attention [h, q, t] of the last `queries` tokens over [t], of the first `layers` layers or all."""
         contract = self._shortened(layers)
         watcher = _Watcher(len(contract.layers), queries)
         with self._running(watcher, contract), torch.no_grad():

@@ -116,7 +116,7 @@ class ScoreContext:
         earlier: those of the layers before it, the latest last, for scorers with `reads_layers` above 1.
         read_next: gives those that the next layer would use; None after the last one.
         memory: features after this layer of every token that has passed it, kept for scorers that set `needs_memory`.
-        tally: [t] what `observe` gave each token so far, summed, for scorers that set `accumulates`; None = nothing yet.
+        tally: [t] sum of what `observe` gave each token so far, for scorers that set `accumulates`; None = nothing.
         token_ids: [t] vocabulary ids of all tokens of the row; None when the model was given embeddings.
         starts: by kind of unit, the first token of each line, sentence or paragraph; empty where the text is not known.
         reads: language models that read the prompt for scorers that name them in `reads_models`.

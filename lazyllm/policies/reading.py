@@ -15,7 +15,7 @@ class ReadsPrompts(Protocol):
         """Token ids [t] of a text, without special tokens."""
 
     def attention(self, token_ids: Tensor, *, queries: int, layers: int | float | None = None) -> list[Tensor]:
-        """By layer, attention [h, q, t] of the last `queries` tokens over [t]; of the first `layers` layers, or of all."""
+        """By layer, attention [h, q, t] of the last `queries` tokens over [t], of the first `layers` layers or all."""
 
     def look_ahead(self, token_ids: Tensor, *, tokens: int) -> list[Tensor]:
         """By layer, attention [h, q, t] over [t] of the last token and its greedy continuation, `tokens` in all."""
