@@ -16,6 +16,7 @@ from lazyllm import (
     KeyNorm,
     LateInteraction,
     LazyConfig,
+    LazyPipeline,
     MultiLayerAttention,
     NextLayerAttention,
     Protect,
@@ -172,6 +173,19 @@ def test_a_step_that_fails_evicts_nothing():
 def test_an_eviction_that_cannot_be_is_refused(fields, part: str):
     with pytest.raises(ConfigError, match=part):
         EvictingCache(**fields)
+
+
+class Greedy(AuxCache):
+    """Wants to evict and to revive."""
+
+    @property
+    def eviction(self):
+        return EvictingCache().eviction
+
+
+def test_a_cache_that_evicts_may_not_revive():
+    with pytest.raises(ConfigError, match="Greedy revives tokens and evicts K/V"):
+        LazyPipeline(tiny_model(), cache=Greedy())
 
 
 def test_an_eviction_survives_json_and_yaml():

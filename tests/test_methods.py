@@ -76,6 +76,21 @@ def test_accumulated_attention_goes_on_through_decode():
     close(scores_before(1, tiny_model(), ids, AccumulatedAttention(), steps=6), expected)
 
 
+@pytest.mark.parametrize("scorer", [AccumulatedAttention(), UpdateNorm()], ids=str)
+def test_what_is_added_up_or_remembered_covers_steps_in_which_nobody_asks(scorer):
+    ids = random_ids(1, LENGTH)
+    spy = Spy(inner=scorer, seen=[])
+    pipe = LazyPipeline(tiny_model(), scorer=spy, schedule=Stages({1: 0.5}), cache=AuxCache(decode="reuse"))
+    cache = pipe.new_cache()
+    with torch.no_grad(), pipe.attached(missing="nan") as model:
+        for start, stop in ((0, 12), (12, 13), (13, 14), (14, 15), (15, LENGTH)):
+            model(ids[:, start:stop], past_key_values=cache)
+    context, scores = spy_of(pipe).seen[-1]
+    assert len(spy_of(pipe).seen) == 2, "decode steps ask nothing"
+    assert context.tokens.numel() == LENGTH
+    close(scores, scores_before(1, tiny_model(), ids, scorer))
+
+
 def test_accumulated_attention_is_the_same_in_blocks(monkeypatch):
     ids = random_ids(1, LENGTH)
     whole = scores_before(1, tiny_model(), ids, AccumulatedAttention())

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from lazyllm.caches.eviction import Eviction
 from lazyllm.caches.frontier import FrontierStore
 from lazyllm.caches.store import KeyValueStore
+from lazyllm.errors import ConfigError
 from lazyllm.policies.base import LayerIndex, Policy
 
 
@@ -38,6 +41,15 @@ class CachePolicy(Policy):
     revives: ClassVar[bool] = True
 
     attend: Literal["visible", "cached"] = "visible"
+
+    def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Refuses a cache that both evicts and revives: depths would name K/V that are gone."""
+        if self.eviction is not None and self.revives:
+            raise ConfigError(
+                f"{type(self).__name__} revives tokens and evicts K/V; a token that is revived needs the K/V of all "
+                "layers before, so a cache that evicts sets revives = False"
+            )
+        super().check_model(model, tokenizer)
 
     @property
     def most_revived(self) -> int | None:

@@ -49,10 +49,10 @@ class Evictor:
                 step.evict(index, layer, self._kept(step, index, layer, states[index], readings, most))
 
     def _kept(self, step: Step, index: int, layer: int, states: Tensor, readings: Readings, most: int) -> Tensor:
-        """Slots that stay, in order of position: protected tokens, and the best of the others."""
-        tokens, slots = step.rows[index].stores[layer].tokens.sort()
+        """Slots that stay: protected tokens, and the best of the others. Without revival, slots are in order of position."""
+        tokens = step.rows[index].stores[layer].tokens
         scores = self.scoring.scores(step, index, layer, tokens, states, readings)
         kept = self.scoring.protected(step, index, tokens)
         free = torch.nonzero(~kept).squeeze(-1)
         kept[free[stable_top(scores[free], max(0, most - int(kept.sum())))]] = True
-        return slots[kept]
+        return torch.nonzero(kept).squeeze(-1)
