@@ -7,7 +7,17 @@ skipped token later where it stopped (LazyLLM, Fu et al. 2024, arXiv 2407.14057)
 import lazyllm.quiet  # noqa: F401  # before anything else imports transformers
 
 # isort: split
-from lazyllm.caches import CACHES, AuxCache, CachePolicy, DenseCache, DropCache, LazyCache
+from lazyllm.caches import (
+    CACHES,
+    AuxCache,
+    CachePolicy,
+    DenseCache,
+    DropCache,
+    LazyCache,
+    OffloadedAux,
+    QuantizedAux,
+    QuantizedKV,
+)
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
@@ -83,12 +93,15 @@ __all__ = [
     "LazyPipeline",
     "LexicalOverlap",
     "Linear",
+    "OffloadedAux",
     "PerPhase",
     "PolicyError",
     "Pooled",
     "ProgressBar",
     "PromptMarks",
     "Protect",
+    "QuantizedAux",
+    "QuantizedKV",
     "Random",
     "Schedule",
     "ScoreContext",

@@ -4,7 +4,10 @@ from lazyllm.caches.aux_cache import AuxCache
 from lazyllm.caches.dense_cache import DenseCache
 from lazyllm.caches.drop_cache import DropCache
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
+from lazyllm.caches.offloaded_aux import OffloadedAux
 from lazyllm.caches.policy import CachePolicy
+from lazyllm.caches.quantized_aux import QuantizedAux
+from lazyllm.caches.quantized_kv import QuantizedKV
 from lazyllm.policies.base import Registry
 
 CACHES: Registry[CachePolicy] = Registry(
@@ -12,9 +15,23 @@ CACHES: Registry[CachePolicy] = Registry(
     CachePolicy,
     [
         AuxCache,
+        OffloadedAux,
+        QuantizedAux,
+        QuantizedKV,
         DropCache,
         DenseCache,
     ],
 )
 
-__all__ = ["CACHES", "AuxCache", "CachePolicy", "DenseCache", "DropCache", "LayerView", "LazyCache"]
+__all__ = [
+    "CACHES",
+    "AuxCache",
+    "CachePolicy",
+    "DenseCache",
+    "DropCache",
+    "LayerView",
+    "LazyCache",
+    "OffloadedAux",
+    "QuantizedAux",
+    "QuantizedKV",
+]

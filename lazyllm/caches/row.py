@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -99,7 +100,7 @@ class Row:
         self.last_output = None
 
     def copy(self) -> Row:
-        """An independent copy."""
+        """An independent copy; both share their tensors until one of them writes."""
         twin: Row = object.__new__(Row)
         twin.ledger = self.ledger.copy()
         twin.stores = [store.copy() for store in self.stores]
@@ -108,6 +109,39 @@ class Row:
         twin.marks, twin.reply_start = self.marks, self.reply_start
         twin.last_output = self.last_output
         return twin
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, `part.name`, for a file."""
+        parts = {
+            "ledger": self.ledger.state(),
+            "frontier": self.frontier.state(),
+            **{f"layer{layer}": store.state() for layer, store in enumerate(self.stores)},
+            **{f"memory{layer}": memory.state() for layer, memory in self.memories.items()},
+            "row": {} if self.last_output is None else {"last_output": self.last_output},
+        }
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], devices: Sequence[torch.device]) -> None:
+        """Takes up what another row's `state` gave; this one must be empty.
+
+        Args:
+            state: tensors by name, on the host.
+            devices: by layer, where it runs.
+        """
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in state.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        self.ledger.load_state(parts["ledger"])
+        self.frontier.load_state(parts["frontier"], devices[0])
+        for layer, store in enumerate(self.stores):
+            store.load_state(parts[f"layer{layer}"], devices[layer])
+        for part, tensors in parts.items():
+            if part.startswith("memory"):
+                layer = int(part.removeprefix("memory"))
+                self.memory(layer).load_state(tensors, devices[max(layer, 0)])
+        if "last_output" in parts["row"]:
+            self.last_output = parts["row"]["last_output"].to(devices[-1])
 
     @property
     def key_value_bytes(self) -> int:
@@ -118,6 +152,11 @@ class Row:
     def aux_bytes(self) -> int:
         """Bytes of the frontier states, and of the states the scorer looks back on."""
         return self.frontier.used_bytes + sum(memory.used_bytes for memory in self.memories.values())
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """How many of these bytes are not on the model's device."""
+        return self.frontier.offloaded_bytes
 
 
 def token_counts(tokens: list[Tensor]) -> list[int]:
