@@ -7,7 +7,19 @@ skipped token later where it stopped (LazyLLM, Fu et al. 2024, arXiv 2407.14057)
 import lazyllm.quiet  # noqa: F401  # before anything else imports transformers
 
 # isort: split
-from lazyllm.caches import CACHES, AuxCache, BudgetCache, CachePolicy, DenseCache, DropCache, EvictingCache, LazyCache
+from lazyllm.caches import (
+    CACHES,
+    AuxCache,
+    BudgetCache,
+    CachePolicy,
+    DenseCache,
+    DropCache,
+    EvictingCache,
+    LazyCache,
+    OffloadedAux,
+    QuantizedAux,
+    QuantizedKV,
+)
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
@@ -100,6 +112,7 @@ __all__ = [
     "Linear",
     "MultiLayerAttention",
     "NextLayerAttention",
+    "OffloadedAux",
     "Oracle",
     "PerPhase",
     "PolicyError",
@@ -107,6 +120,8 @@ __all__ = [
     "ProgressBar",
     "PromptMarks",
     "Protect",
+    "QuantizedAux",
+    "QuantizedKV",
     "Random",
     "Schedule",
     "ScoreContext",

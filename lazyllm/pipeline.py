@@ -22,9 +22,10 @@ from transformers import (
 
 from lazyllm.caches import CachePolicy, LazyCache
 from lazyllm.caches.row import PromptMarks
+from lazyllm.caches.saved import load_cache
 from lazyllm.callbacks import Callback, GenerateEnd
 from lazyllm.config import LazyConfig
-from lazyllm.errors import CacheError, ConfigError, InputError
+from lazyllm.errors import AttachError, CacheError, ConfigError, InputError
 from lazyllm.models.attach import attached, check_model
 from lazyllm.models.families import DecoderContract, contract_of
 from lazyllm.models.flops import flop_model
@@ -164,6 +165,19 @@ class LazyPipeline:
             marks: what is known about the prompts, one each, such as `pipe.encode(prompt).marks`.
         """
         return LazyCache(self.config.cache, marks=marks)
+
+    def load_cache(self, path: str | Path) -> LazyCache:
+        """The cache that was saved to a file with `cache.save`, on this model's devices.
+
+        Raises:
+            CacheError: when there is no such file, it is damaged or was changed, or it comes from another version of
+                the format, another model, or another cache policy than this pipeline's.
+        """
+        try:
+            contract = contract_of(self.model, known=self._contract)
+        except AttachError:
+            contract = self._contract  # read when the model was attached
+        return load_cache(path, self.config.cache, contract.decoder, contract.devices)
 
     @contextmanager
     def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:

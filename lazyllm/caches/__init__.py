@@ -6,7 +6,10 @@ from lazyllm.caches.dense_cache import DenseCache
 from lazyllm.caches.drop_cache import DropCache
 from lazyllm.caches.evicting_cache import EvictingCache
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
+from lazyllm.caches.offloaded_aux import OffloadedAux
 from lazyllm.caches.policy import CachePolicy
+from lazyllm.caches.quantized_aux import QuantizedAux
+from lazyllm.caches.quantized_kv import QuantizedKV
 from lazyllm.policies.base import Registry
 
 CACHES: Registry[CachePolicy] = Registry(
@@ -15,6 +18,9 @@ CACHES: Registry[CachePolicy] = Registry(
     [
         AuxCache,
         BudgetCache,
+        OffloadedAux,
+        QuantizedAux,
+        QuantizedKV,
         DropCache,
         EvictingCache,
         DenseCache,
@@ -31,4 +37,7 @@ __all__ = [
     "EvictingCache",
     "LayerView",
     "LazyCache",
+    "OffloadedAux",
+    "QuantizedAux",
+    "QuantizedKV",
 ]

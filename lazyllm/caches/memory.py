@@ -1,5 +1,7 @@
 """States and other features of tokens that are looked back on."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,12 @@ class StateMemory:
     def used_bytes(self) -> int:
         """Bytes of the states in use."""
         return self._states.used_bytes
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, for a file; none when it is empty."""
+        return {"tokens": self._tokens.read(), "states": self._states.read()} if len(self) else {}
+
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Takes up what another memory's `state` gave; this one must be empty."""
+        if state:
+            self.append(state["tokens"], state["states"].to(device))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -155,7 +156,7 @@ class Row:
         self.last_output = None
 
     def copy(self) -> Row:
-        """An independent copy."""
+        """An independent copy; both share their tensors until one of them writes."""
         twin: Row = object.__new__(Row)
         twin.ledger = self.ledger.copy()
         twin.stores = [store.copy() for store in self.stores]
@@ -167,6 +168,48 @@ class Row:
         twin.last_output = self.last_output
         return twin
 
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, `part.name`, for a file."""
+        parts = {
+            "ledger": self.ledger.state(),
+            "frontier": self.frontier.state(),
+            **{f"layer{layer}": store.state() for layer, store in enumerate(self.stores)},
+            **{f"memory{layer}": memory.state() for layer, memory in self.memories.items()},
+            "origins": self.origins.state(),
+            "tally": {f"{use}.{layer}": tally for (use, layer), tally in self.tallies.items()},
+            "row": {"last_used": self.last_used, "retreated": torch.tensor(self.retreated)}
+            | ({} if self.last_output is None else {"last_output": self.last_output}),
+        }
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], devices: Sequence[torch.device]) -> None:
+        """Takes up what another row's `state` gave; this one must be empty.
+
+        Args:
+            state: tensors by name, on the host.
+            devices: by layer, where it runs.
+        """
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in state.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        self.ledger.load_state(parts["ledger"])
+        self.frontier.load_state(parts["frontier"], devices[0])
+        for layer, store in enumerate(self.stores):
+            store.load_state(parts[f"layer{layer}"], devices[layer])
+        for part, tensors in parts.items():
+            if part.startswith("memory"):
+                layer = int(part.removeprefix("memory"))
+                self.memory(layer).load_state(tensors, devices[max(layer, 0)])
+        if parts["origins"]:
+            self.origins.load_state(parts["origins"], devices[0])
+        for name, tally in parts["tally"].items():
+            use, _, layer = name.partition(".")
+            self.tallies[use, int(layer)] = tally
+        self.last_used, self.retreated = parts["row"]["last_used"], int(parts["row"]["retreated"])
+        if "last_output" in parts["row"]:
+            self.last_output = parts["row"]["last_output"].to(devices[-1])
+
     @property
     def key_value_bytes(self) -> int:
         """Bytes of all keys and values in use."""
@@ -177,6 +220,11 @@ class Row:
         """Bytes of the frontier states, and of states that are looked back on."""
         memories = (*self.memories.values(), self.origins)
         return self.frontier.used_bytes + sum(memory.used_bytes for memory in memories)
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """How many of these bytes are not on the model's device."""
+        return self.frontier.offloaded_bytes
 
 
 def token_counts(tokens: list[Tensor]) -> list[int]:

@@ -352,7 +352,11 @@ class Step:
                 )
 
     def commit(self) -> None:
-        """Makes the step's effect on the frontier states final."""
+        """Makes the step's effect on the frontier states final; what may fail for want of room comes first."""
+        if self.cache.policy.revives:
+            for index, row in enumerate(self.rows):
+                if stopped := [parked for parked in self._parked if parked.row == index]:
+                    row.frontier.reserve(torch.cat([parked.tokens for parked in stopped]), stopped[0].states)
         for row, revived in zip(self.rows, self._revived, strict=True):
             for tokens in revived:
                 row.frontier.free(tokens)

@@ -49,7 +49,7 @@ class Evictor:
                 step.evict(index, layer, self._kept(step, index, layer, states[index], readings, most))
 
     def _kept(self, step: Step, index: int, layer: int, states: Tensor, readings: Readings, most: int) -> Tensor:
-        """Slots that stay: protected tokens and the best of the others; slots rise with positions, as nothing revives."""
+        """Slots that stay: protected tokens and the best of the others; in order of position, as nothing revives."""
         tokens = step.rows[index].stores[layer].tokens
         scores = self.scoring.scores(step, index, layer, tokens, states, readings)
         kept = self.scoring.protected(step, index, tokens)
