@@ -204,8 +204,8 @@ class Row:
         if parts["origins"]:
             self.origins.load_state(parts["origins"], devices[0])
         for name, tally in parts["tally"].items():
-            use, _, layer = name.partition(".")
-            self.tallies[use, int(layer)] = tally
+            use, _, number = name.partition(".")
+            self.tallies[use, int(number)] = tally
         self.last_used, self.retreated = parts["row"]["last_used"], int(parts["row"]["retreated"])
         if "last_output" in parts["row"]:
             self.last_output = parts["row"]["last_output"].to(devices[-1])

@@ -19,7 +19,7 @@ from lazyllm.callbacks import Callback, LayerEnd
 from lazyllm.errors import InputError
 from lazyllm.evaluation.tasks import Item
 from lazyllm.pipeline import LazyPipeline
-from lazyllm.prompts import EncodedPrompt, end_token_ids, tokens_touching
+from lazyllm.prompts import EncodedPrompt, Prompt, end_token_ids, tokens_touching
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,28 @@ class Contender:
 
 
 @torch.no_grad()
+def greedy_reply(contender: Contender, prompt: Prompt, new_tokens: int) -> tuple[list[int], Tensor]:
+    """A greedy reply [n] of up to `new_tokens` tokens, an end token included, and the logits [n, vocabulary] before."""
+    encoded = contender.pipe.encode(prompt)
+    with contender.running(encoded) as (model, cache, _):
+        ends = _ends(model, cast(PreTrainedTokenizerBase, contender.pipe.tokenizer))
+        logits = [_first_logits(model, cache, encoded)]
+        reply = [int(logits[0].argmax())]
+        while len(reply) < new_tokens and reply[-1] not in ends:
+            logits.append(_say(model, cache, reply[-1:]))
+            reply.append(int(logits[-1].argmax()))
+    return reply, torch.stack(logits)
+
+
+@torch.no_grad()
+def forced_logits(contender: Contender, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
+    """The logits [n, vocabulary] before each of `tokens` [n], which follow the prompt whatever the contender says."""
+    encoded = contender.pipe.encode(prompt)
+    with contender.running(encoded) as (model, cache, _):
+        return torch.stack(list(_forced(model, cache, _first_logits(model, cache, encoded), tokens)))
+
+
+@torch.no_grad()
 def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None = None) -> Verdict:
     """Prefills once; then answers greedily and, from the same point, forces the reference answer.
 
@@ -131,7 +153,7 @@ def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None =
     started = time.perf_counter()
     encoded = contender.pipe.encode(item.prompt)
     with contender.running(encoded) as (model, cache, counter):
-        logits = model(_ids(encoded, model), past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        logits = _first_logits(model, cache, encoded)
         first = int(logits.argmax())
         ttft = time.perf_counter() - started
         if item.follow_up:
@@ -152,7 +174,7 @@ def _second_turn(
 ) -> tuple[Tensor, int]:
     """Answers the first question, asks the second one on the same cache, and returns what comes after it."""
     tokenizer = cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
-    ends = [*end_token_ids(model, {}), tokenizer.eos_token_id]
+    ends = _ends(model, tokenizer)
     reply = _greedy(model, cache, first, tokenizer, replace(item, answers=()))
     said = [token for token in reply if token not in ends]
     if not said:  # an empty first answer: say something, so that the turn has a text
@@ -210,6 +232,11 @@ def _ids(encoded: EncodedPrompt, model: Any) -> Tensor:
     return torch.tensor([encoded.token_ids], device=model.device)
 
 
+def _first_logits(model: Any, cache: Any, encoded: EncodedPrompt) -> Tensor:
+    """Prefills; the logits [n] behind the prompt."""
+    return cast(Tensor, model(_ids(encoded, model), past_key_values=cache, logits_to_keep=1).logits[0, -1])
+
+
 def _cache(pipe: LazyPipeline, encoded: EncodedPrompt) -> LazyCache:
     return pipe.new_cache(marks=[encoded.marks])
 
@@ -221,17 +248,26 @@ def _say(model: Any, cache: Any, tokens: Sequence[int]) -> Tensor:
     return cast(Tensor, logits)
 
 
+def _forced(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> Iterator[Tensor]:
+    """The logits [n] before each of `tokens`, given those before the first."""
+    for token in tokens[:-1]:
+        yield logits
+        logits = _say(model, cache, [token])
+    yield logits
+
+
 def _forced_loss(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> float:
-    total = 0.0
-    for index, token in enumerate(tokens):
-        total -= float(logits.float().log_softmax(-1)[token])
-        if index + 1 < len(tokens):
-            logits = _say(model, cache, [token])
-    return total / len(tokens)
+    before = zip(tokens, _forced(model, cache, logits, tokens), strict=True)
+    return -sum(float(logits.float().log_softmax(-1)[token]) for token, logits in before) / len(tokens)
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    """The tokens that end a reply."""
+    return [*end_token_ids(model, {}), tokenizer.eos_token_id]
 
 
 def _greedy(model: Any, cache: Any, first: int, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
-    ends = [*end_token_ids(model, {}), tokenizer.eos_token_id]
+    ends = _ends(model, tokenizer)
     reply = [first]
     while len(reply) < item.new_tokens and reply[-1] not in ends:
         if item.answers and item.is_right(str(tokenizer.decode(reply, skip_special_tokens=True))):
