@@ -307,6 +307,12 @@ class LayerView:
         ]
         return piece
 
+    def peeking(self) -> LayerView:
+        """The same view, which stores nothing: `update` writes to copies."""
+        peeking = copy(self)
+        peeking._stores = [store.copy() for store in self._stores]
+        return peeking
+
     @property
     def copies(self) -> bool:
         """Whether `update` copies what it is given, and keeps no reference to it."""

@@ -91,6 +91,15 @@ class Ledger:
             (tokens, layers), self._running = self._running, None
             self._depth.writable()[tokens] = layers
 
+    def retreat(self, tokens: Tensor, layer: int) -> None:
+        """Sets `tokens`, all of them deeper, back to where they wait for `layer`."""
+        self._settle()
+        depth = self._depth.writable()
+        for reached, count in zip(*(part.tolist() for part in depth[tokens].unique(return_counts=True)), strict=True):
+            self.at_depth[reached] -= count
+        self.at_depth[layer] += tokens.numel()
+        depth[tokens] = layer
+
     def restore(self, depth: Tensor) -> None:
         """Goes back to an earlier `depth` [t], forgetting the tokens that came later."""
         self._running = None
