@@ -9,14 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazyllm import (
+    AccumulatedAttention,
     AttentionMass,
     AuxCache,
     Blockwise,
+    BudgetCache,
     ByQuestion,
     CachePolicy,
     Combined,
     Cosine,
     DropCache,
+    EvictingCache,
     FullBelow,
     Funnel,
     LastTokenAttention,
@@ -172,6 +175,18 @@ ROUNDING_CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
     st.builds(QuantizedKV, bits=st.sampled_from([8, 4]), **_AUX_FIELDS),
 )
 """Caches that keep the ledger's laws as they are, and those about numbers with numbers that are rounded."""
+FORGETTING_CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
+    st.builds(
+        BudgetCache, tokens=st.integers(1, 12), layer=st.integers(1, LAYERS - 1), sinks=st.integers(0, 2), **_AUX_FIELDS
+    ),
+    st.builds(
+        EvictingCache,
+        scorer=st.sampled_from([WindowAttention(window=2), AccumulatedAttention(), Random()]),
+        budget=st.sampled_from([1, 4, 9, 0.3, 1.0]),
+        when=st.sampled_from(["prefill", "decode"]),
+    ),
+)
+"""Caches that give up K/V, in a step or after it."""
 CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
     AUX_CACHES, st.builds(DropCache, attend=st.sampled_from(["visible", "cached"]))
 )
