@@ -14,6 +14,7 @@ from lazyllm import (
     Constant,
     DraftModel,
     DropCache,
+    EvictingCache,
     InputError,
     KeyNorm,
     LateInteraction,
@@ -119,6 +120,22 @@ def test_next_layer_attention_is_the_next_layers_own(family: str, kernel: str):
     ids = random_ids(1, LENGTH)
     expected = dense_attention(family, ids)[2][0, :, -4:].mean((0, 1))
     close(scores_before(2, tiny_model(family, kernel), ids, NextLayerAttention(window=4)), expected)
+
+
+@pytest.mark.parametrize(("family", "kernel"), FAMILY_KERNELS)
+def test_next_layer_attention_can_prune_before_layer_0(family: str, kernel: str):
+    ids = random_ids(1, LENGTH)
+    expected = dense_attention(family, ids)[0][0, :, -4:].mean((0, 1))
+    close(scores_before(0, tiny_model(family, kernel), ids, NextLayerAttention(window=4)), expected)
+
+
+@pytest.mark.parametrize("cache", [DropCache(), DropCache(attend="cached"), EvictingCache(budget=9)], ids=str)
+@pytest.mark.parametrize("stages", [{1: 0.7, 2: 0.5}, {0: 0.7, 2: 0.5}], ids=str)
+def test_next_layer_attention_leaves_out_what_cannot_be_revived(cache, stages):
+    history = new_history(tiny_model(), scorer=NextLayerAttention(window=4), schedule=Stages(stages), cache=cache)
+    for length in (14, 1, 6, 1, 5):
+        history.step(random_ids(2, length, length))
+    assert_replays(history)
 
 
 @pytest.mark.parametrize(("family", "kernel"), FAMILY_KERNELS)

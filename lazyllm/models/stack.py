@@ -80,8 +80,8 @@ class LazyStack(nn.Module):
             token_ids=self.token_ids,
         ) as step:
             self._tell_start(step)
-            visible = self.selector.first(step)
             rope, masks = None, RowMasks(hidden_states.device)
+            visible = self.selector.first(step, partial(self._peek, step, 0, masks=masks, options=kwargs))
             noted: deque[Captured] = deque(maxlen=self.selector.reads_layers)
             for i, layer in enumerate(self.layers):
                 flight, todo = step.flight, step.todo(visible, i)  # visible tokens whose depth is i (law 2)
@@ -158,7 +158,12 @@ class LazyStack(nn.Module):
     def _peek(
         self, step: Step, layer: int, visible: list[Tensor], masks: RowMasks, options: dict[str, Any]
     ) -> Captured:
-        """The queries and keys that `layer` would use were all of `visible` to enter it; nothing is computed beyond."""
+        """The queries and keys that `layer` would use were all of `visible` to enter it; nothing is computed beyond.
+
+        Where the cache revives nothing, tokens that stopped before `layer` in an earlier step cannot enter it.
+        """
+        if not step.cache.policy.revives:
+            visible = [step.without_stopped(row, layer, tokens) for row, tokens in enumerate(visible)]
         todo, states = step.peek(visible, layer)
         hidden = self.contract.to_layer(states, layer)
         positions = step.positions(todo)

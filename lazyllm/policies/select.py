@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import product
 
 import torch
@@ -50,13 +51,16 @@ class Selector:
                 "start at layer 1 or later, or use a scorer that reads no attention"
             )
 
-    def first(self, step: Step) -> list[Tensor]:
-        """By row, the tokens that enter layer 0: the whole context of every row with new tokens."""
+    def first(self, step: Step, read_next: Callable[[list[Tensor]], Captured]) -> list[Tensor]:
+        """By row, the tokens that enter layer 0: of the whole context of every row with new tokens.
+
+        `read_next` runs layer 0 as far as its queries and keys, for the tokens it is given.
+        """
         visible = [
             torch.arange(len(row.ledger)) if new.numel() else no_tokens()
             for row, new in zip(step.rows, step.new, strict=True)
         ]
-        return self.select(step, -1, visible, Readings())
+        return self.select(step, -1, visible, Readings(read_next=partial(read_next, visible)))
 
     def notes_of(self, step: Step, layer: int, visible: list[Tensor]) -> Captured | None:
         """Where `layer` is to note what scorers will read, now or after one of the next layers; None if none will."""
