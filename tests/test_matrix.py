@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lazyllm import CACHES, SCHEDULES, SCORERS, LazyCache, LazyPipeline, Protect, TokenTrace, preset_names
+from lazyllm import CACHES, SCHEDULES, SCORERS, LazyCache, LazyPipeline, Protect, Stages, TokenTrace, preset_names
 from lazyllm.config import LazyConfig
 from tests.test_config import REQUIRED
 from tests.test_tuned import tuned_file
@@ -25,7 +25,7 @@ PAIRS = [
 def built(registry, name: str, folder) -> Any:
     fields = {"Stages": {"stages": {1: 0.6, 3: 0.4}}}.get(name) or REQUIRED.get(name, {})
     if name == "Tuned":
-        fields = {"path": str(tuned_file().save(folder / "tuned.json"))}
+        fields = {"path": str(tuned_file(schedule=Stages({1: 0.6, 3: 0.3})).save(folder / "tuned.json"))}
     return registry.build({"name": name, **fields})
 
 
