@@ -139,7 +139,7 @@ def table(lines: Sequence[Line], title: str) -> Table:
             view.add_row(task, *_cells(line), style="bold" if line.contender == STOCK else None)
     view.caption = (
         "speedups: medians of paired ratios; computed: layer-tokens of the prefill; memory: K/V and waiting states at "
-        "the end, of the unmodified model's; evidence: share of it with K/V at the last layer; change of loss per token "
+        "the end, of the unmodified model's; evidence: its share with K/V at the last layer; change of loss: per token "
         "of the right answer, paired; 95 % intervals"
     )
     return view
