@@ -217,7 +217,8 @@ def test_a_score_gap_lies_between_floor_and_ceiling_of_the_context():
     assert entering(scorer, ScoreGap(floor=0.3), 10) == [0, 1, 2, 9]
     assert entering(scorer, ScoreGap(floor=0.5), 10) == [0, 1, 2, 3, 4, 5, 9]
     assert entering(scorer, ScoreGap(floor=0.5, ceiling=0.6), 10) == [0, 1, 2, 3, 4, 9]
-    assert entering(scorer, ScoreGap(floor=0.2), 10, protect=Protect(sinks=3)) == [0, 1, 2, 3, 4, 5, 9]
+    assert entering(scorer, ScoreGap(floor=0.5), 10, protect=Protect(sinks=3)) == [0, 1, 2, 3, 4, 5, 9]
+    assert entering(scorer, ScoreGap(floor=0.8), 10, protect=Protect(sinks=3)) == [0, 1, 2, 3, 4, 5, 6, 9]
 
 
 def test_without_a_gap_as_many_stay_as_may():
