@@ -1,11 +1,11 @@
-"""The command line: generate, list the policies, look into a configuration, predict what a prompt costs."""
+"""The command line: generate, list the policies, look into a configuration, predict what a prompt costs, tune."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
 from lazyllm.costs import Cost, Device, ModelShape, Prediction, calibrate, predict
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError, LazyLLMError
+from lazyllm.evaluation.options import names_in
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
 from lazyllm.models.quantize import WEIGHTS
 from lazyllm.pipeline import LazyPipeline
@@ -29,12 +30,14 @@ from lazyllm.policies import SCHEDULES, SCORERS
 from lazyllm.policies.base import Keep, Phase, Policy, Registry
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.select import Selector
+from lazyllm.prompts import check_not_blank, decode_text
 from lazyllm.result import GenerationResult
 
 try:
     import typer
     from rich.box import SIMPLE
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
     from rich.table import Table
     from rich.text import Text
 except ImportError as missing:
@@ -144,31 +147,20 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise InputError("give --prompt or --prompt-file, not both")
     if prompt is None:
-        return _not_blank(*_read_file(prompt_file))
-    return _not_blank(prompt, "--prompt")
+        return _read_file(prompt_file)
+    return check_not_blank(prompt, "--prompt")
 
 
-def _read_file(path: str | None) -> tuple[str, str]:
-    """Text of a file, or of stdin for None and `-`; and what to call it."""
+def _read_file(path: str | None) -> str:
+    """Text of a file, or of stdin for None and `-`."""
     name = "stdin" if path is None or path == "-" else f"the prompt file {path!r}"
     if path is None and sys.stdin.isatty():
         raise InputError("there is no prompt: give --prompt, --prompt-file or a pipe")
     try:
         data = sys.stdin.buffer.read() if path is None or path == "-" else Path(path).read_bytes()
-        text = data.decode("utf-8")
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}") from None
-    if "\0" in text:
-        raise InputError(f"{name} is not text: it has a NUL byte at offset {data.index(0)}")
-    return text, name
-
-
-def _not_blank(text: str, name: str) -> str:
-    if not text.strip():
-        raise InputError(f"the prompt is empty: {name} holds {text[:20]!r}")
-    return text
+    return decode_text(data, name)
 
 
 def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict[str, Any]:
@@ -335,10 +327,11 @@ def inspect_config(
     cuts = selector.cuts(phase) if policy.cache.prunes else {}
     typer.echo(policy.to_yaml())
     table = Table("layer", "may enter, of the context")
-    keep, bound = Keep(1.0), 0.0
+    keep, share, bound = Keep(1.0), 1.0, 0.0
     for layer in range(layers):
         keep = cuts.get(layer, keep)
-        bound += keep.ratio
+        share = min(share, keep.fraction(context_tokens))
+        bound += share
         table.add_row(str(layer), str(keep))
     Console().print(table)
     adapts = "at most " if any(cut.adapts for cut in cuts.values()) else ""
@@ -465,6 +458,78 @@ def _limits(predictions: Sequence[Prediction]) -> Iterator[str]:
         source = "assumed, as measured on HotpotQA prompts" if layer in last.assumed else "given"
         yield f"kept at layer {layer}: {share:.1%} of the context ({source})"
     yield from last.notes
+
+
+# -- tune --------------------------------------------------------------------------------------------
+
+
+@app.command("tune")
+@_errors_as_lines()
+def tune_schedule(
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    prompts: Annotated[Path, typer.Option(help="Folder of .txt files, or a .jsonl file with a field 'prompt'.")],
+    speedup: Annotated[float | None, typer.Option(help="Reach this speedup with the least loss.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Lose at most this, KL in nats per token.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the search and of its result.")] = Path("tuned"),
+    trials: Annotated[int, typer.Option(min=1, help="Configurations to measure.")] = 25,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each dense reply to compare.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the search and of the choice of validation prompts.")] = 0,
+    rules: Annotated[str, typer.Option(help="How a cut may say what it keeps.")] = "share,ratio",
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap each text as one user message.")] = False,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Whose cache, protected tokens and scorer to take.")] = "recommended",
+    scorer: Annotated[str | None, typer.Option(help="The scorer whose numbers to search, with a start.")] = None,
+    cache: CacheOption = None,
+    sinks: SinksOption = None,
+    recent: RecentOption = None,
+) -> None:
+    """Finds a schedule that reaches a target on your prompts, and saves it for the model."""
+    if find_spec("optuna") is None:
+        raise InputError("the command tune needs optuna, which is not installed: pip install lazyllm-torch[tune]")
+    from lazyllm.tuning import report
+    from lazyllm.tuning.prompts import read_prompts, split
+    from lazyllm.tuning.space import RULES
+    from lazyllm.tuning.study import Target, tune
+
+    # what cannot be is refused before time is spent on a model
+    target = Target(speedup, max_loss)
+    config = _config(preset, scorer, None, cache, sinks, recent)
+    tried = names_in(rules, known=RULES)
+    texts = read_prompts(prompts, chat=chat)
+    split(texts, seed)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out is a folder, {str(out)!r} is none")
+    loaded, tokenizer = _load(model, gguf_file, dtype, weights)
+    with _tuning_progress() as on_progress:
+        outcome = tune(
+            loaded, tokenizer, texts, target, out=out, base=config, rules=tried, trials=trials, new_tokens=new_tokens,
+            seed=seed, on_progress=on_progress,
+        )  # fmt: skip
+    Console().print(report.front_table(outcome))
+    if outcome.chosen is None:
+        raise InputError(report.missed(outcome))
+    typer.echo("\n".join(report.chosen_lines(outcome, outcome.chosen)))
+    if not outcome.validates:
+        typer.echo(report.warning(outcome), err=True)
+
+
+@contextmanager
+def _tuning_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for each kind of work, with the time left, on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(work: str, done: int, total: int) -> None:
+            if work not in tasks:
+                tasks[work] = progress.add_task(work)
+            progress.update(tasks[work], completed=done, total=total)
+
+        yield on_progress
 
 
 def main() -> None:

@@ -122,6 +122,28 @@ def is_batch(prompt: Prompt) -> bool:
     return not isinstance(prompt[0], (int, Mapping))
 
 
+def decode_text(data: bytes, name: str) -> str:
+    """A prompt's text, from a file or stream called `name`.
+
+    Raises:
+        InputError: when it is blank or no UTF-8 text.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}") from None
+    if "\0" in text:
+        raise InputError(f"{name} is not text: it has a NUL byte at offset {data.index(0)}")
+    return check_not_blank(text, name)
+
+
+def check_not_blank(text: str, name: str) -> str:
+    """Refuses a prompt without a visible character."""
+    if not text.strip():
+        raise InputError(f"the prompt is empty: {name} holds {text[:20]!r}")
+    return text
+
+
 def encode(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, protect: Protect, query: Query | None
 ) -> EncodedPrompt:

@@ -160,7 +160,9 @@ def make_stats(
     """Statistics of the rows in `steps` (by row, by step); `token_times` are the clock readings per token."""
     layers = len(costs.per_token)
     prefill = [step for row in steps for step in row if step.is_prefill]
+    done, dense = step_flops(prefill, costs, recorder.windows)
     everything = [step for row in steps for step in row]
+    flops, dense_flops = step_flops(everything, costs, recorder.windows)
     merged = [_sum_rows(rows) for rows in zip(*steps, strict=True)]
     gaps = len(token_times) - 1
     reading = recorder.reading_flops * len(steps) // recorder.rows if recorder.rows else 0
@@ -175,13 +177,10 @@ def make_stats(
         revived_tokens=sum(layer.revived for step in everything for layer in step.layers),
         tokens_per_layer=merged,
         prefill_steps=sum(step.is_prefill for step in steps[0]),
-        flops=sum(_flops(step, costs) for step in everything) + reading,
+        flops=flops + reading,
         reading_flops=reading,
-        dense_flops=sum(_dense_flops(step, costs, recorder.windows) for step in everything),
-        predicted_speedup=_ratio(
-            sum(_dense_flops(step, costs, recorder.windows) for step in prefill),
-            sum(_flops(step, costs) for step in prefill) + reading,
-        ),
+        dense_flops=dense_flops,
+        predicted_speedup=_ratio(dense, done + reading),
         kv_bytes=recorder.kv_bytes,
         aux_bytes=recorder.aux_bytes,
         peak_bytes=peak_bytes,
@@ -198,6 +197,11 @@ def _computed_fraction(steps: list[StepCount], layers: int) -> float:
     return _ratio(
         sum(layer.computed for step in steps for layer in step.layers), sum(step.new_tokens for step in steps) * layers
     )
+
+
+def step_flops(steps: Sequence[StepCount], costs: FlopModel, windows: Sequence[int | None]) -> tuple[int, int]:
+    """Operations that steps did, and those of dense steps over the same tokens."""
+    return sum(_flops(step, costs) for step in steps), sum(_dense_flops(step, costs, windows) for step in steps)
 
 
 def _flops(step: StepCount, costs: FlopModel) -> int:

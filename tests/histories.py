@@ -9,13 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazyllm import (
+    AccumulatedAttention,
     AttentionMass,
     AuxCache,
     Blockwise,
+    BudgetCache,
     ByQuestion,
     CachePolicy,
     Combined,
+    Cosine,
     DropCache,
+    EvictingCache,
     FullBelow,
     Funnel,
     LastTokenAttention,
@@ -26,15 +30,19 @@ from lazyllm import (
     OffloadedAux,
     PerPhase,
     Pooled,
+    Power,
     Protect,
+    Pyramid,
     QuantizedAux,
     QuantizedKV,
     Random,
     Schedule,
     ScoreContext,
+    ScoreGap,
     Scorer,
     SinkRecent,
     Stages,
+    TokenBudget,
     TokenTrace,
     TwoHop,
     WindowAttention,
@@ -167,6 +175,18 @@ ROUNDING_CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
     st.builds(QuantizedKV, bits=st.sampled_from([8, 4]), **_AUX_FIELDS),
 )
 """Caches that keep the ledger's laws as they are, and those about numbers with numbers that are rounded."""
+FORGETTING_CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
+    st.builds(
+        BudgetCache, tokens=st.integers(1, 12), layer=st.integers(1, LAYERS - 1), sinks=st.integers(0, 2), **_AUX_FIELDS
+    ),
+    st.builds(
+        EvictingCache,
+        scorer=st.sampled_from([WindowAttention(window=2), AccumulatedAttention(), Random()]),
+        budget=st.sampled_from([1, 4, 9, 0.3, 1.0]),
+        when=st.sampled_from(["prefill", "decode"]),
+    ),
+)
+"""Caches that give up K/V, in a step or after it."""
 CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
     AUX_CACHES, st.builds(DropCache, attend=st.sampled_from(["visible", "cached"]))
 )
@@ -191,12 +211,50 @@ def masses(start: int) -> st.SearchStrategy[Schedule]:
     )
 
 
+@st.composite
+def curves(draw, first: int, layers: int) -> Schedule:
+    """Ratios that fall from layer to layer, from any layer of first .. layers-1 on."""
+    last, top = sorted(draw(st.tuples(st.floats(0.05, 1), st.floats(0.05, 1))))
+    start = draw(st.integers(first, layers - 1))
+    return draw(
+        st.sampled_from(
+            [
+                Cosine(first=top, last=last, start=start),
+                Power(first=top, last=last, start=start, exponent=draw(st.sampled_from([0.3, 1.0, 3.0]))),
+                Pyramid(stages=draw(st.integers(2, layers)), keep=top),
+                Pyramid(stages=2, keep=top, start=start),
+            ]
+        )
+    )
+
+
+@st.composite
+def budgets(draw, first: int, layers: int) -> Schedule:
+    """Falling counts of tokens at layers first .. layers-1."""
+    places = draw(st.sets(st.integers(first, layers - 1), min_size=1))
+    counts = sorted((draw(st.integers(1, 20)) for _ in places), reverse=True)
+    return TokenBudget(dict(zip(sorted(places), counts, strict=True)))
+
+
+def gaps(start: int) -> st.SearchStrategy[Schedule]:
+    """Cuts before layer `start` where the scores fall most."""
+    return st.builds(ScoreGap, floor=st.floats(0, 0.2), ceiling=st.floats(0.2, 1), start=st.just(start))
+
+
 def schedules(first: int = 1, layers: int = LAYERS) -> st.SearchStrategy[Schedule]:
     """Schedules of every kind that prune nothing before layer `first`."""
     funnels = st.sets(st.integers(first, layers - 1), min_size=1, max_size=3).flatmap(
         lambda places: st.tuples(*(masses(place) for place in sorted(places))).map(Funnel)
     )
-    plain = st.one_of(stages(first, layers), st.integers(first, layers - 1).flatmap(masses), funnels)
+    places = st.integers(first, layers - 1)
+    plain = st.one_of(
+        stages(first, layers),
+        places.flatmap(masses),
+        funnels,
+        places.flatmap(gaps),
+        curves(first, layers),
+        budgets(first, layers),
+    )
     return st.one_of(
         plain,
         plain,

@@ -206,7 +206,7 @@ def test_inspect_config_shows_the_yaml_the_ratios_and_the_work(lazyllm, name: st
     cuts = {-1: Keep(1.0), **cuts}
     keeps = [cuts[max(cut for cut in cuts if cut <= layer)] for layer in range(layers)]
     assert shown == [str(keep) for keep in keeps]
-    assert f"{sum(keep.ratio for keep in keeps) / layers:.1%} of dense" in out
+    assert f"{sum(keep.fraction(4096) for keep in keeps) / layers:.1%} of dense" in out
 
 
 def test_inspect_config_knows_that_a_dense_cache_prunes_nothing(lazyllm, tmp_path):
@@ -222,6 +222,20 @@ def test_inspect_config_shows_what_a_prompt_of_a_length_gets(lazyllm, tmp_path, 
     out = lazyllm("inspect-config", path, "--layers", 4, "--context-tokens", tokens).stdout
     assert work in out
     assert ("0.25 of the score, 0 to 0.5 of the context" in out) == (tokens == 100)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "work"), [(512, ": 100.0% of dense"), (2048, ": 62.5% of dense"), (4096, ": 43.8%")]
+)
+def test_inspect_config_takes_a_budget_by_the_length(lazyllm, tmp_path, tokens: int, work: str):
+    wider = {"name": "Constant", "keep": 0.9, "start": 3}  # behind the budget it lets no more enter than the budget did
+    budget = {"name": "TokenBudget", "tokens": {1: 1024}}
+    config = LazyConfig(schedule={"name": "Funnel", "schedules": [budget, wider] if tokens > 1024 else [budget]})
+    out = lazyllm(
+        "inspect-config", config.save(tmp_path / "own.yaml"), "--layers", 4, "--context-tokens", tokens
+    ).stdout
+    assert work in out
+    assert "1,024 tokens" in out
 
 
 @pytest.mark.parametrize(("options", "work"), [([], ": 87.5% of dense"), (["--asked"], ": 62.5% of dense")])

@@ -23,6 +23,7 @@ from lazyllm import (
     Combined,
     ConfigError,
     Constant,
+    Cosine,
     DropCache,
     FullBelow,
     Funnel,
@@ -36,14 +37,19 @@ from lazyllm import (
     OffloadedAux,
     PerPhase,
     Pooled,
+    Power,
     Protect,
+    Pyramid,
     QuantizedAux,
     QuantizedKV,
     Random,
     Schedule,
     ScoreContext,
+    ScoreGap,
     Scorer,
     Stages,
+    TokenBudget,
+    Tuned,
     TwoHop,
     WindowAttention,
     preset_names,
@@ -63,6 +69,8 @@ REQUIRED = {
     "FullBelow": {"length": 30, "schedule": {"name": "Stages", "stages": {1: 0.5}}},
     "ByQuestion": {"asked": "Constant(keep=0.5)", "unasked": "Constant()"},
     "PerPhase": {"prefill": "Constant(keep=0.5)", "decode": "Constant()"},
+    "TokenBudget": {"tokens": {1: 64, 2: 32}},
+    "Tuned": {"path": "tuned.json"},
 }
 
 
@@ -132,6 +140,9 @@ scorers = st.recursive(
 plain_schedules = st.one_of(
     st.builds(Constant, keep=ratios, start=depths),
     st.builds(Linear, first=ratios, last=ratios, start=depths),
+    st.builds(Cosine, first=ratios, last=ratios, start=depths),
+    st.builds(Power, first=ratios, last=ratios, start=depths, exponent=st.floats(1e-3, 1e3)),
+    st.builds(Pyramid, stages=st.integers(2, 9), keep=ratios, start=st.none() | depths),
     st.dictionaries(depths, ratios, min_size=1, max_size=5).map(Stages),
     st.builds(OwnSchedule, ratios=st.lists(ratios, max_size=4).map(tuple)),
 )
@@ -139,6 +150,9 @@ schedules = st.recursive(
     st.one_of(
         plain_schedules,
         st.builds(AttentionMass, share=ratios, floor=st.floats(0, 0.5), ceiling=st.floats(0.5, 1), start=depths),
+        st.builds(ScoreGap, floor=st.floats(0, 0.5), ceiling=st.floats(0.5, 1), start=depths),
+        st.dictionaries(depths, st.integers(1, 9999), min_size=1, max_size=4).map(TokenBudget),
+        st.builds(Tuned, path=st.text(min_size=1)),
     ),
     lambda inner: st.one_of(
         st.builds(FullBelow, length=st.integers(0, 9999), schedule=inner),
@@ -322,6 +336,16 @@ def test_a_wrong_import_path_is_refused(path: str, part: str):
         ({"schedule": "AttentionMass(share=1.01)"}, ["AttentionMass.share", "1.01"]),
         ({"schedule": "AttentionMass(floor=0.6, ceiling=0.5)"}, ["floor 0.6 is above the ceiling 0.5"]),
         ({"schedule": "AttentionMass(start=1.5)"}, ["AttentionMass.start", "fraction", "1.5"]),
+        ({"schedule": "ScoreGap(floor=0.6, ceiling=0.5)"}, ["floor 0.6 is above the ceiling 0.5"]),
+        ({"schedule": "ScoreGap(floor=-0.1)"}, ["ScoreGap.floor", "-0.1"]),
+        ({"schedule": "Power(exponent=0)"}, ["Power.exponent", "0"]),
+        ({"schedule": "Pyramid(stages=1)"}, ["Pyramid.stages", "1"]),
+        ({"schedule": "Pyramid(start=1.5)"}, ["Pyramid.start", "fraction", "1.5"]),
+        ({"schedule": "TokenBudget"}, ["TokenBudget.tokens", "required"]),
+        ({"schedule": "TokenBudget({1: 0})"}, ["TokenBudget.tokens", "0"]),
+        ({"schedule": "TokenBudget({-1: 9})"}, ["TokenBudget.tokens", "-1"]),
+        ({"schedule": "TokenBudget(1024)"}, ["TokenBudget.tokens", "1024"]),
+        ({"schedule": "Tuned(path='')"}, ["Tuned.path", "at least 1"]),
         ({"schedule": "Funnel(schedules=[])"}, ["Funnel.schedules", "at least 1"]),
         ({"schedule": "FullBelow(length=-1, schedule='Constant')"}, ["FullBelow.length", "-1"]),
         ({"schedule": "PerPhase(prefill='Constant')"}, ["PerPhase.decode", "required"]),
@@ -378,7 +402,17 @@ def test_no_text_makes_the_parser_raise_anything_else(text: str):
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.0001, math.nan, math.inf, -math.inf, "much", None])
-@pytest.mark.parametrize("build", [Constant, lambda keep: Linear(last=keep), lambda keep: Stages({1: keep})])
+@pytest.mark.parametrize(
+    "build",
+    [
+        Constant,
+        lambda keep: Linear(last=keep),
+        lambda keep: Cosine(first=keep),
+        lambda keep: Power(last=keep),
+        lambda keep: Pyramid(keep=keep),
+        lambda keep: Stages({1: keep}),
+    ],
+)
 def test_a_keep_ratio_outside_0_1_is_refused(build, value):
     with pytest.raises(ConfigError) as error:
         build(value)
@@ -398,7 +432,17 @@ def test_a_whole_number_given_as_a_float_is_told_what_a_fraction_is():
         Stages({9.0: 0.7})
 
 
-@pytest.mark.parametrize("schedule", [Stages({4: 0.5}), Constant(0.5, start=4), Linear(start=4)])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Stages({4: 0.5}),
+        Constant(0.5, start=4),
+        Linear(start=4),
+        Cosine(start=4),
+        Power(start=4),
+        Pyramid(stages=2, start=4),
+    ],
+)
 def test_a_layer_beyond_the_last_is_refused(schedule):
     assert schedule.resolve(5)[:4] == [1.0] * 4
     with pytest.raises(ConfigError, match="layer 4 does not exist; the model has layers 0 to 3"):
@@ -410,6 +454,10 @@ def test_a_layer_beyond_the_last_is_refused(schedule):
     [
         (Stages({1: 0.5, 2: 0.6}), "rises from 0.5 to 0.6 at layer 2"),
         (Linear(first=0.3, last=0.9), "rises from 0.3"),
+        (Cosine(first=0.3, last=0.9), "rises from 0.3"),
+        (Power(first=0.3, last=0.9), "rises from 0.3"),
+        (Pyramid(stages=5), "4 layers are too few for 5 parts"),
+        (Pyramid(stages=4, start=2), "4 layers are too few for 4 parts"),
         (Stages({1: 0.5, 0.25: 0.4}), "two stages fall on layer 1 of 4"),
         (OwnSchedule(ratios=(1.0, 0.5)), "gives 2 keep ratios for 4 layers"),
         (OwnSchedule(ratios=(1.0, 0.5, 0.0, 0.0)), "keep ratio 0.0 at layer 2"),

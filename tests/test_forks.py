@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyllm import AuxCache, CacheError, Callback, LazyPipeline, Stages
-from tests.histories import AUX_CACHES, ROUNDING_CACHES, History, Moving, batches, new_history, policies
+from tests.histories import CACHES, FORGETTING_CACHES, ROUNDING_CACHES, History, Moving, batches, new_history, policies
 from tests.replay import assert_replays
 from tests.test_chunks import LiveBytes
 from tests.tiny import random_ids, tiny_model
@@ -79,7 +79,7 @@ def test_who_writes_first_leaves_the_other_as_it_was(writer: str):
 def test_forks_do_not_know_of_each_other(data):
     """In any order of steps, each gives what a deep copy gives that is alone."""
     history = new_history(
-        tiny_model(), cache=data.draw(st.one_of(AUX_CACHES, ROUNDING_CACHES)), **data.draw(policies())
+        tiny_model(), cache=data.draw(st.one_of(CACHES, ROUNDING_CACHES, FORGETTING_CACHES)), **data.draw(policies())
     )
     history.step(*data.draw(batches(2, 12)))
     forks, alone = [history.fork() for _ in range(2)], [history.fork() for _ in range(2)]

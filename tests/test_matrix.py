@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from lazyllm import CACHES, SCHEDULES, SCORERS, LazyCache, LazyPipeline, Protect, TokenTrace, preset_names
+from lazyllm import CACHES, SCHEDULES, SCORERS, LazyCache, LazyPipeline, Protect, Stages, TokenTrace, preset_names
 from lazyllm.config import LazyConfig
 from tests.test_config import REQUIRED
+from tests.test_tuned import tuned_file
 from tests.tiny import LAYERS, random_ids, tiny_model, word_tokenizer
 
 IDS = random_ids(1, 40)[0]
@@ -21,8 +22,10 @@ PAIRS = [
 ]
 
 
-def built(registry, name: str) -> Any:
+def built(registry, name: str, folder) -> Any:
     fields = {"Stages": {"stages": {1: 0.6, 3: 0.4}}}.get(name) or REQUIRED.get(name, {})
+    if name == "Tuned":
+        fields = {"path": str(tuned_file(schedule=Stages({1: 0.6, 3: 0.3})).save(folder / "tuned.json"))}
     return registry.build({"name": name, **fields})
 
 
@@ -34,8 +37,9 @@ def run(pipe: LazyPipeline) -> tuple[TokenTrace, list[int], LazyCache]:
 
 
 @pytest.mark.parametrize(("scorer", "schedule", "cache"), sorted(set(PAIRS)))
-def test_any_scorer_schedule_and_cache_keep_the_common_rules(scorer: str, schedule: str, cache: str):
-    parts = built(SCORERS, scorer), built(SCHEDULES, schedule), built(CACHES, cache)
+def test_any_scorer_schedule_and_cache_keep_the_common_rules(scorer: str, schedule: str, cache: str, tmp_path):
+    axes = (SCORERS, scorer), (SCHEDULES, schedule), (CACHES, cache)
+    parts = [built(registry, name, tmp_path) for registry, name in axes]
     pipe = LazyPipeline(tiny_model(), scorer=parts[0], schedule=parts[1], cache=parts[2], protect=PROTECT)
     trace, reply, held = run(pipe)
     again, same, _ = run(pipe)

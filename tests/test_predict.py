@@ -16,6 +16,7 @@ from lazyllm import (
     AuxCache,
     ConfigError,
     Constant,
+    Cosine,
     DropCache,
     FullBelow,
     Funnel,
@@ -27,8 +28,11 @@ from lazyllm import (
     Linear,
     Pooled,
     Protect,
+    Pyramid,
     Random,
+    ScoreGap,
     Stages,
+    TokenBudget,
     TwoHop,
     UnsupportedModelError,
     WindowAttention,
@@ -72,6 +76,11 @@ POLICIES = {
     "before layer 0": LazyConfig(scorer=Random(), schedule=Constant(0.5, start=0), cache=DropCache()),
     "waiting as embeddings": LazyConfig(scorer=Random(), schedule=Constant(0.5, start=0)),
     "line": LazyConfig(scorer=WindowAttention(window=4), schedule=Linear(0.9, 0.2), cache=AuxCache(decode="reuse")),
+    "curve": LazyConfig(schedule=Cosine(0.9, 0.2)),
+    "pyramid": LazyConfig(schedule=Pyramid(stages=3)),
+    "budget": LazyConfig(schedule=TokenBudget({1: 25, 3: 10})),
+    "budget of more": LazyConfig(schedule=TokenBudget({1: PROMPT, 2: PROMPT - 1})),
+    "budget of protected": LazyConfig(schedule=TokenBudget({2: 5}), protect=Protect(sinks=7, recent=11)),
     "states": LazyConfig(scorer=LateInteraction(query=5), schedule=Stages({1: 0.7, 2: 0.4})),
     "query is protected": LazyConfig(scorer=LateInteraction(), schedule=Constant(0.2)),
     "short": LazyConfig(scorer=LateInteraction(), schedule=FullBelow(PROMPT + 1, Constant(0.2))),
@@ -509,6 +518,25 @@ def test_a_share_for_a_layer_without_an_adapting_cut_is_refused():
 def test_a_schedule_that_does_not_fit_the_depth_is_refused():
     with pytest.raises(ConfigError, match="layer 9"):
         predict(SMALL, LazyConfig(schedule=Stages({9: 0.5})), flat_device(), tokens=100)
+
+
+@pytest.mark.parametrize(("tokens", "counts"), [(9, (9, 9)), (100, (25, 10)), (1 << 20, (25, 10)), (999_983, (25, 10))])
+def test_a_budget_is_predicted_by_count_at_every_length(tokens: int, counts: tuple[int, int]):
+    config = POLICIES["budget"]
+    few, less = counts
+    assert entering_tokens(config, 4, tokens) == (tokens, few, few, less)
+    assert predict(SMALL, config, flat_device(), tokens=tokens).kept == {}
+
+
+def test_a_cut_at_a_gap_is_one_whose_share_must_be_given():
+    config = LazyConfig(schedule=Funnel((TokenBudget({1: 700}), ScoreGap(ceiling=0.5, start=2))))
+    prediction = predict(SMALL, config, flat_device(), tokens=1000)
+    assert prediction.kept == {2: MEASURED_KEPT[-1]}
+    assert prediction.assumed == (2,)
+    assert prediction.entering == (1000, 700, *[220] * 6)
+    assert entering_tokens(config, 8, 1000, kept={2: 0.8}) == (1000, 700, *[500] * 6)
+    with pytest.raises(InputError, match="layer 1, but cuts adapt before layers 2"):
+        entering_tokens(config, 8, 1000, kept={1: 0.8})
 
 
 def test_shares_that_are_not_given_are_the_measured_ones():

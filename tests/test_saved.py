@@ -15,10 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lazyllm import (
+    AccumulatedAttention,
     AuxCache,
+    BudgetCache,
     CacheError,
     ConfigError,
     DropCache,
+    EvictingCache,
     LazyCache,
     LazyPipeline,
     OffloadedAux,
@@ -28,7 +31,7 @@ from lazyllm import (
     Stages,
 )
 from lazyllm.caches.saved import DIGEST, DOCUMENT, VERSION
-from tests.histories import CACHES, ROUNDING_CACHES, History, Moving, new_history, policies, scripts
+from tests.histories import CACHES, FORGETTING_CACHES, ROUNDING_CACHES, History, Moving, new_history, policies, scripts
 from tests.replay import assert_replays
 from tests.tiny import FAMILY_KERNELS, random_ids, tiny_model, word_tokenizer
 
@@ -79,7 +82,9 @@ def test_a_loaded_cache_goes_on_bit_for_bit(family: str, kernel: str, steps: int
 
 @given(st.data())
 def test_any_cache_survives_a_file(tmp_path_factory, data):
-    history = new_history(tiny_model(), cache=data.draw(st.one_of(CACHES, ROUNDING_CACHES)), **data.draw(policies()))
+    history = new_history(
+        tiny_model(), cache=data.draw(st.one_of(CACHES, ROUNDING_CACHES, FORGETTING_CACHES)), **data.draw(policies())
+    )
     for ids, real in data.draw(scripts(2)):
         history.step(ids, real)
     loaded = through_a_file(history, tmp_path_factory.mktemp("saved") / "cache")
@@ -94,7 +99,7 @@ def same_cache(one, other):
     assert one.marks == other.marks
     assert (one.columns, one.kv_bytes, one.aux_bytes) == (other.columns, other.kv_bytes, other.aux_bytes)
     for left, right in zip(one.rows, other.rows, strict=True):
-        assert (left.marks, left.reply_start) == (right.marks, right.reply_start)
+        assert (left.marks, left.reply_start, left.retreated) == (right.marks, right.reply_start, right.retreated)
         assert left.ledger.at_depth == right.ledger.at_depth
         assert left.ledger.knows_ids == right.ledger.knows_ids
         tensors, expected = left.state(), right.state()
@@ -114,6 +119,8 @@ def same_cache(one, other):
         QuantizedAux(bits=4),
         QuantizedKV(),
         QuantizedKV(bits=4, attend="cached"),
+        BudgetCache(tokens=9),
+        EvictingCache(scorer=AccumulatedAttention(), budget=9, when="decode"),
     ],
     ids=str,
 )

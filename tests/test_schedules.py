@@ -1,4 +1,6 @@
-"""Schedules that look at the scores, the length or the phase, and the bound on revival."""
+"""Schedules against plain formulas; those that look at the scores, the length or the phase; the bound on revival."""
+
+from math import cos, pi
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from lazyllm import (
     ByQuestion,
     ConfigError,
     Constant,
+    Cosine,
+    DropCache,
     FullBelow,
     Funnel,
     LastTokenAttention,
@@ -19,16 +23,21 @@ from lazyllm import (
     LexicalOverlap,
     Linear,
     PerPhase,
+    Power,
     PromptMarks,
     Protect,
+    Pyramid,
     Random,
     ScoreContext,
+    ScoreGap,
     Scorer,
     SinkRecent,
     Stages,
+    TokenBudget,
     TokenTrace,
 )
 from lazyllm.policies.base import Keep, Phase
+from lazyllm.policies.schedules.token_budget import CountKeep
 from tests.histories import new_history, policies
 from tests.tiny import LAYERS, random_ids, tiny_model
 
@@ -53,6 +62,179 @@ def entering(scorer: Scorer, schedule, tokens: int, layer: int = 1, protect: Pro
     )
     history.step(random_ids(1, tokens))
     return history.steps[0][layer].rows[0].visible.tolist()
+
+
+# -- Cosine, Power, Pyramid -----------------------------------------------------------------------------
+
+ends = st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda pair: sorted(pair, reverse=True))
+places = st.integers(2, 40).flatmap(lambda layers: st.tuples(st.just(layers), st.integers(0, layers - 2)))
+
+
+@given(ends, places)
+def test_a_cosine_is_half_a_wave_around_the_middle(ratios, place):
+    (first, last), (layers, start) = ratios, place
+    middle, reach, length = (first + last) / 2, (first - last) / 2, layers - 1 - start
+    wave = [middle + reach * cos(pi * step / length) for step in range(length + 1)]
+    assert Cosine(first, last, start=start).resolve(layers) == pytest.approx([1.0] * start + wave, abs=1e-12)
+
+
+@given(ends, places, st.floats(0.1, 9))
+def test_a_power_bends_the_line(ratios, place, exponent):
+    (first, last), (layers, start) = ratios, place
+    length = layers - 1 - start
+    bent = [first - (first - last) * (step / length) ** exponent for step in range(length + 1)]
+    schedule = Power(first, last, start=start, exponent=exponent)
+    assert schedule.resolve(layers) == pytest.approx([1.0] * start + bent, abs=1e-12)
+
+
+@given(ends, places)
+def test_curves_meet_a_line_at_their_ends_and_a_power_of_one_everywhere(ratios, place):
+    (first, last), (layers, start) = ratios, place
+    line = Linear(first, last, start=start).resolve(layers)
+    assert Power(first, last, start=start, exponent=1.0).resolve(layers) == line
+    for curve in (Cosine(first, last, start=start), Power(first, last, start=start, exponent=3.0)):
+        ratios = curve.resolve(layers)
+        assert [ratios[start], ratios[-1]] == pytest.approx([first, last], abs=1e-12)
+    early = Power(first, last, start=start, exponent=0.5).resolve(layers)
+    assert all(below <= above for below, above in zip(early, line, strict=True))
+
+
+@pytest.mark.parametrize("curve", [Cosine(0.3, 0.3), Power(0.3, 0.3), Linear(0.3, 0.3)])
+def test_a_curve_between_equal_ends_is_flat(curve):
+    assert curve.resolve(30) == [1.0] + [0.3] * 29
+
+
+def test_a_pyramid_is_the_papers_by_default():
+    assert Pyramid().resolve(32) == [1.0] * 8 + [0.5] * 8 + [0.25] * 8 + [0.125] * 8
+    assert Pyramid(stages=3, keep=0.6).resolve(6) == pytest.approx([1, 1, 0.6, 0.6, 0.36, 0.36])
+
+
+@given(st.integers(2, 8), st.floats(0.05, 0.95), st.integers(8, 60))
+def test_the_parts_of_a_pyramid_are_equal_but_for_rounding(stages: int, keep: float, layers: int):
+    ratios = Pyramid(stages=stages, keep=keep).resolve(layers)
+    lengths = [ratios.count(ratio) for ratio in dict.fromkeys(ratios)]
+    assert len(lengths) == stages
+    assert max(lengths) - min(lengths) <= 1
+    assert list(dict.fromkeys(ratios)) == pytest.approx([keep**part for part in range(stages)])
+
+
+def test_a_pyramid_may_begin_at_a_layer():
+    assert Pyramid(stages=3, start=2).resolve(10) == [1.0] * 2 + [0.5] * 4 + [0.25] * 4
+    assert Pyramid(stages=3, start=0.2).resolve(10) == Pyramid(stages=3, start=2).resolve(10)
+    assert Pyramid(stages=4, start=1).resolve(4) == [1.0, 0.5, 0.25, 0.125]
+    assert Pyramid(stages=2, start=0).resolve(3) == [0.5] * 3
+
+
+# -- TokenBudget ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts"), [(4, [4, 4, 4, 4]), (8, [8, 8, 8, 5]), (12, [12, 12, 12, 5]), (60, [60, 12, 12, 5])]
+)
+def test_a_budget_is_a_count_at_any_length(tokens: int, counts: list[int]):
+    schedule = TokenBudget({1: 12, 3: 5})
+    assert [len(entering(Random(), schedule, tokens, layer)) for layer in range(4)] == counts
+
+
+def test_a_budget_stays_while_the_reply_grows():
+    history = new_history(tiny_model(), scorer=Random(), schedule=TokenBudget({1: 12, 2: 6}), cache=AuxCache())
+    history.step(random_ids(1, 20))
+    for token in range(3):
+        history.step(random_ids(1, 1, token))
+    counts = [[event.rows[0].visible.numel() for event in step] for step in history.steps]
+    assert counts == [[length, 12, 6, 6] for length in (20, 21, 22, 23)]
+
+
+def test_protected_tokens_count_for_a_budget_and_may_exceed_it():
+    scorer = Fixed(values=(0.0, 0.0, 9.0, 8.0, 7.0))
+    assert entering(scorer, TokenBudget({1: 4}), 10, protect=Protect(sinks=2)) == [0, 1, 2, 9]
+    assert entering(scorer, TokenBudget({1: 4}), 10, protect=Protect(sinks=5)) == [0, 1, 2, 3, 4, 9]
+
+
+def test_a_budget_cuts_where_its_count_falls_in_whatever_order_it_is_written():
+    assert TokenBudget({0.5: 5, 1: 12, 3: 5}).cuts(4, PREFILL) == {
+        1: CountKeep(1.0, tokens=12),
+        2: CountKeep(1.0, tokens=5),
+    }
+    assert TokenBudget({0: 7}).cuts(4, DECODE) == {0: CountKeep(1.0, tokens=7)}
+    with pytest.raises(ConfigError, match="rises from 5 to 12 at layer 3"):
+        TokenBudget({3: 12, 1: 5}).cuts(4, PREFILL)
+    with pytest.raises(ConfigError, match="two stages fall on layer 1 of 4"):
+        TokenBudget({1: 5, 0.25: 4}).cuts(4, PREFILL)
+    with pytest.raises(ConfigError, match="layer 4 does not exist"):
+        LazyPipeline(tiny_model(), scorer=Random(), schedule=TokenBudget({4: 5}))
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_the_fraction_of_a_count_is_what_may_enter(count: int, context: int):
+    keep = CountKeep(1.0, tokens=count)
+    assert keep.limit(context) == min(count, context)
+    assert keep.fraction(context) == pytest.approx(keep.limit(context) / context)
+    assert Keep(0.3).fraction(context) == 0.3
+
+
+# -- ScoreGap -------------------------------------------------------------------------------------------
+
+
+def above_gap(values: list[float], floor: float, ceiling: float) -> set[int]:
+    """By trying every count: the best tokens above the largest fall of the score, as many as may be; later ones first.
+
+    The last token of the context is protected, `values` are those of the others.
+    """
+    context = len(values) + 1
+    ranked = sorted(range(len(values)), key=lambda token: (values[token], token), reverse=True)
+    least = max(1, max(1, int(floor * context + 1e-9)) - 1 if floor else 0)
+    most = min(max(1, int(ceiling * context + 1e-9)) - 1, len(values))
+
+    def fall(count: int) -> float:
+        return values[ranked[count - 1]] - values[ranked[count]] if count < len(values) else 0.0
+
+    counts = range(least, most + 1) if least < most else [max(0, most)]
+    return set(ranked[: max(counts, key=lambda count: (fall(count) if count else 0.0, count))])
+
+
+signed = st.lists(st.integers(-9, 9).map(float), min_size=1, max_size=12)
+
+
+@given(signed, st.sampled_from([0.0, 0.1, 0.3]), st.sampled_from([0.3, 0.6, 1.0]))
+def test_a_score_gap_keeps_what_stands_above_the_largest_fall(values, floor, ceiling):
+    got = entering(Fixed(values=tuple(values)), ScoreGap(floor=floor, ceiling=ceiling), len(values) + 1)
+    assert set(got) == above_gap(values, floor, ceiling) | {len(values)}
+
+
+@given(signed, st.sampled_from([1e-150, 1e-9, 3.0, 1e150]))
+def test_a_score_gap_does_not_go_by_the_scale(values, scale):
+    plain, scaled = (
+        entering(Fixed(values=tuple(factor * value for value in values)), ScoreGap(floor=0.0), len(values) + 1)
+        for factor in (1.0, scale)
+    )
+    assert plain == scaled
+
+
+def test_a_score_gap_lies_between_floor_and_ceiling_of_the_context():
+    scorer = Fixed(values=(99.0, 50.0, 49.0, 20.0, 19.0, 18.0, 2.0, 1.0, 1.0))
+    assert entering(scorer, ScoreGap(floor=0.0), 10) == [0, 9]
+    assert entering(scorer, ScoreGap(floor=0.3), 10) == [0, 1, 2, 9]
+    assert entering(scorer, ScoreGap(floor=0.5), 10) == [0, 1, 2, 3, 4, 5, 9]
+    assert entering(scorer, ScoreGap(floor=0.5, ceiling=0.6), 10) == [0, 1, 2, 3, 4, 9]
+    assert entering(scorer, ScoreGap(floor=0.5), 10, protect=Protect(sinks=3)) == [0, 1, 2, 3, 4, 5, 9]
+    assert entering(scorer, ScoreGap(floor=0.8), 10, protect=Protect(sinks=3)) == [0, 1, 2, 3, 4, 5, 6, 9]
+
+
+def test_without_a_gap_as_many_stay_as_may():
+    equal = Fixed(values=(4.0,) * 9)
+    assert len(entering(equal, ScoreGap(), 10)) == 10
+    assert entering(equal, ScoreGap(ceiling=0.4), 10) == [6, 7, 8, 9]
+    assert entering(Fixed(values=(3.0, 2.0, 1.0)), ScoreGap(floor=0.0), 4) == [0, 1, 3]
+
+
+@pytest.mark.parametrize("schedule", [AttentionMass(share=0.5, ceiling=0.1), ScoreGap(floor=0.0, ceiling=0.1)])
+def test_a_step_in_which_every_token_is_protected_or_dropped_for_good_runs(schedule):
+    history = new_history(tiny_model(), scorer=SinkRecent(0), schedule=schedule, cache=DropCache())
+    history.cache.mark_prompts([PromptMarks(protected=((8, 12),))])
+    history.step(random_ids(1, 10))
+    history.step(random_ids(1, 2))
+    assert [step[1].rows[0].visible.tolist() for step in history.steps] == [[8, 9], [8, 9, 10, 11]]
 
 
 # -- AttentionMass --------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ CACHES: Registry[CachePolicy] = Registry(
     CachePolicy,
     [
         AuxCache,
-        BudgetCache,
         OffloadedAux,
         QuantizedAux,
         QuantizedKV,
+        BudgetCache,
         DropCache,
         EvictingCache,
         DenseCache,

@@ -176,10 +176,11 @@ class Row:
             **{f"layer{layer}": store.state() for layer, store in enumerate(self.stores)},
             **{f"memory{layer}": memory.state() for layer, memory in self.memories.items()},
             "origins": self.origins.state(),
-            "tally": {f"{use}.{layer}": tally for (use, layer), tally in self.tallies.items()},
-            "row": {"last_used": self.last_used, "retreated": torch.tensor(self.retreated)}
-            | ({} if self.last_output is None else {"last_output": self.last_output}),
+            "tallies": {f"{use}.{layer}": tally for (use, layer), tally in self.tallies.items()},
+            "row": {"last_used": self.last_used},
         }
+        if self.last_output is not None:
+            parts["row"]["last_output"] = self.last_output
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def load_state(self, state: Mapping[str, Tensor], devices: Sequence[torch.device]) -> None:
@@ -201,12 +202,11 @@ class Row:
             if part.startswith("memory"):
                 layer = int(part.removeprefix("memory"))
                 self.memory(layer).load_state(tensors, devices[max(layer, 0)])
-        if parts["origins"]:
-            self.origins.load_state(parts["origins"], devices[0])
-        for name, tally in parts["tally"].items():
-            use, _, layer = name.partition(".")
-            self.tallies[use, int(layer)] = tally
-        self.last_used, self.retreated = parts["row"]["last_used"], int(parts["row"]["retreated"])
+        self.origins.load_state(parts["origins"], devices[0])
+        for key, tally in parts["tallies"].items():
+            use, _, at = key.rpartition(".")
+            self.tallies[use, int(at)] = tally
+        self.last_used = parts["row"]["last_used"]
         if "last_output" in parts["row"]:
             self.last_output = parts["row"]["last_output"].to(devices[-1])
 

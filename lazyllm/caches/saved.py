@@ -41,12 +41,14 @@ class SavedRow(BaseModel):
     Attributes:
         marks: which of the document's marks are the row's.
         reply_start: index of the first token that came after the last prefill step.
+        retreated: layer-tokens whose K/V were given up.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     marks: int
     reply_start: int
+    retreated: int
 
 
 class SavedCache(BaseModel):
@@ -103,7 +105,10 @@ def save_cache(cache: LazyCache, path: str | Path) -> Path:
 def _describe(cache: LazyCache) -> SavedCache:
     known: list[PromptMarks] = []
     prompts = [_place(marks, known) for marks in cache.marks]
-    rows = [SavedRow(marks=_place(row.marks, known), reply_start=row.reply_start) for row in cache.rows]
+    rows = [
+        SavedRow(marks=_place(row.marks, known), reply_start=row.reply_start, retreated=row.retreated)
+        for row in cache.rows
+    ]
     return SavedCache(
         version=VERSION,
         fingerprint=cache.fingerprint(),
@@ -156,7 +161,7 @@ def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, device
     for number, saved in enumerate(said.rows):
         row = Row(said.layers, policy, said.marks[saved.marks])
         row.load_state(by_row[str(number)], devices)
-        row.reply_start = saved.reply_start
+        row.reply_start, row.retreated = saved.reply_start, saved.retreated
         cache.rows.append(row)
     return cache
 

@@ -192,7 +192,6 @@ def predict(
     _check_group(shape, device, parallel)
     model = _Model(shape, config, device, parallel, asked, _check_kept(kept or {}))
     flow = model.flow(tokens)
-    adapting = [layer for layer, keep in model.cuts(tokens).items() if keep.adapts]
     shares = model.shares(tokens)
     whole = sum(count == tokens for count in flow.entering)
     return Prediction(
@@ -200,8 +199,8 @@ def predict(
         tokens=tokens,
         parallel=parallel,
         entering=flow.entering,
-        kept={layer: shares[layer] for layer in adapting},
-        assumed=tuple(layer for layer in adapting if layer not in model.kept),
+        kept=shares,
+        assumed=tuple(layer for layer in shares if layer not in model.kept),
         dense=model.dense(tokens),
         pruned=model.pruned(tokens),
         break_even_tokens=model.break_even(),
@@ -255,7 +254,7 @@ def _selector(config: LazyConfig, layers: int) -> Selector:
 
 
 def _shares(cuts: Mapping[int, Keep], kept: Mapping[int, float]) -> dict[int, float]:
-    """By cut, the share of the context that may go on: the schedule's, or what an adapting one is taken to keep.
+    """By cut that adapts, the share of the context that it is taken to keep: what was given, or measured.
 
     Raises:
         InputError: when a share is given for a layer where no cut adapts.
@@ -266,7 +265,7 @@ def _shares(cuts: Mapping[int, Keep], kept: Mapping[int, float]) -> dict[int, fl
         raise InputError(f"a share is given for layer {strange[0]}, but {where}")
     measured = (MEASURED_KEPT[0],) * len(adapting) + MEASURED_KEPT[-1:]
     assumed = dict(zip(adapting, measured[-len(adapting) :], strict=True)) if adapting else {}
-    return {layer: kept.get(layer, assumed.get(layer, keep.ratio)) for layer, keep in cuts.items()}
+    return {layer: kept.get(layer, share) for layer, share in assumed.items()}
 
 
 def _protected(config: LazyConfig, tokens: int, asked: bool, scorer: Scorer | None = None) -> int:
@@ -282,7 +281,7 @@ def _protected(config: LazyConfig, tokens: int, asked: bool, scorer: Scorer | No
 
 
 def _flow(selector: Selector, config: LazyConfig, layers: int, phase: Phase, kept: Mapping[int, float]) -> Flow:
-    """The selector's rule on counts: at a cut the ratio of the context stays, but never fewer than are protected."""
+    """The selector's rule on counts: at a cut as many stay as may, but never fewer than are protected."""
     tokens = phase.context_tokens
     cuts = selector.cuts(phase) if config.cache.prunes else {}
     shares = _shares(cuts, kept)
@@ -294,7 +293,8 @@ def _flow(selector: Selector, config: LazyConfig, layers: int, phase: Phase, kep
         keep = cuts.get(layer)
         if keep is not None and count > protected and (keep.adapts or count > keep.limit(tokens)):
             ranked[layer] = count
-            count = min(count, max(protected, min(keep.limit(tokens), tokens_of(shares[layer], tokens))))
+            most = min(keep.limit(tokens), tokens_of(shares.get(layer, 1.0), tokens))
+            count = min(count, max(protected, most))
         entering.append(count)
     return Flow(tokens, tuple(entering), ranked, remembered)
 
@@ -325,7 +325,7 @@ class _Model:
         return self.selector.cuts(Phase(True, tokens, self.asked)) if self.config.cache.prunes else {}
 
     def shares(self, tokens: int) -> dict[int, float]:
-        """The share of the context behind each cut of a prefill."""
+        """The share of the context behind each cut of a prefill that adapts."""
         return _shares(self.cuts(tokens), self.kept)
 
     def dense(self, tokens: int) -> Cost:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -19,7 +21,7 @@ from lazyllm.callbacks import Callback, LayerEnd
 from lazyllm.errors import InputError
 from lazyllm.evaluation.tasks import Item
 from lazyllm.pipeline import LazyPipeline
-from lazyllm.prompts import EncodedPrompt, end_token_ids, tokens_touching
+from lazyllm.prompts import EncodedPrompt, Prompt, end_token_ids, tokens_touching
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Verdict:
         is_right: whether it holds an accepted answer, None for tasks that have none.
         ttft_seconds: the prefill's time.
         computed_fraction: layer-tokens the prefill computed, of all.
+        recall: share of the evidence's tokens that have K/V at the last layer after the prefill; None where an item
+            names no evidence, here and below for what was not noted.
+        step_seconds: median time of the steps that force the reference.
+        cache_bytes: K/V and waiting states at the end.
     """
 
     reference: list[int]
@@ -58,6 +64,9 @@ class Verdict:
     is_right: bool | None
     ttft_seconds: float
     computed_fraction: float
+    recall: float | None = None
+    step_seconds: float | None = None
+    cache_bytes: int | None = None
 
 
 class _Stop(Exception):
@@ -87,7 +96,7 @@ def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
     if not item.evidence:
         raise InputError(f"an item of task {item.task!r} names no evidence")
     encoded = pipe.encode(item.prompt)
-    wanted = torch.cat([torch.arange(*span) for span in pipe.find(item.prompt, item.evidence)]).unique()
+    wanted = _evidence(pipe, item)
     spy = _VisibleAt(layer)
     try:
         with torch.no_grad(), pipe.attached(callbacks=[spy]) as model:
@@ -97,6 +106,11 @@ def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
     assert spy.visible is not None
     there = torch.isin(wanted, spy.visible).double().mean()
     return Recall(layer, float(there), spy.visible.numel() / len(encoded.token_ids))
+
+
+def _evidence(pipe: LazyPipeline, item: Item) -> Tensor:
+    """The tokens [e] of an item's evidence."""
+    return torch.cat([torch.arange(*span) for span in pipe.find(item.prompt, item.evidence)]).unique()
 
 
 class Contender:
@@ -117,6 +131,28 @@ class Contender:
 
 
 @torch.no_grad()
+def greedy_reply(contender: Contender, prompt: Prompt, new_tokens: int) -> tuple[list[int], Tensor]:
+    """A greedy reply [n] of up to `new_tokens` tokens, an end token included, and the logits [n, vocabulary] before."""
+    encoded = contender.pipe.encode(prompt)
+    with contender.running(encoded) as (model, cache, _):
+        ends = _ends(model, cast(PreTrainedTokenizerBase, contender.pipe.tokenizer))
+        logits = [_first_logits(model, cache, encoded)]
+        reply = [int(logits[0].argmax())]
+        while len(reply) < new_tokens and reply[-1] not in ends:
+            logits.append(_say(model, cache, reply[-1:]))
+            reply.append(int(logits[-1].argmax()))
+    return reply, torch.stack(logits)
+
+
+@torch.no_grad()
+def forced_logits(contender: Contender, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
+    """The logits [n, vocabulary] before each of `tokens` [n], which follow the prompt whatever the contender says."""
+    encoded = contender.pipe.encode(prompt)
+    with contender.running(encoded) as (model, cache, _):
+        return torch.stack(list(_forced(model, cache, _first_logits(model, cache, encoded), tokens)))
+
+
+@torch.no_grad()
 def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None = None) -> Verdict:
     """Prefills once; then answers greedily and, from the same point, forces the reference answer.
 
@@ -131,9 +167,10 @@ def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None =
     started = time.perf_counter()
     encoded = contender.pipe.encode(item.prompt)
     with contender.running(encoded) as (model, cache, counter):
-        logits = model(_ids(encoded, model), past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        logits = _first_logits(model, cache, encoded)
         first = int(logits.argmax())
         ttft = time.perf_counter() - started
+        recall = _recall(contender.pipe, item, cache)
         if item.follow_up:
             logits, first = _second_turn(contender, model, cache, encoded, first, item)
         if item.said:
@@ -141,10 +178,30 @@ def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None =
             first = int(logits.argmax())
         reply = _greedy(model, copy.deepcopy(cache), first, tokenizer, item)
         forced = forced or reply
-        loss = _forced_loss(model, cache, logits, forced)
+        clock: list[float] = []
+        loss = _forced_loss(model, cache, logits, forced, clock)
+        held = _held_bytes(cache)
     text = str(tokenizer.decode(reply, skip_special_tokens=True)).strip()
     right = item.is_right(text) if item.answers else None
-    return Verdict(forced, loss, reply, text, right, ttft, counter.share(len(encoded.token_ids)))
+    step_seconds = median(after - before for before, after in pairwise(clock)) if len(clock) > 1 else None
+    share = counter.share(len(encoded.token_ids))
+    return Verdict(forced, loss, reply, text, right, ttft, share, recall, step_seconds, held)
+
+
+def _recall(pipe: LazyPipeline, item: Item, cache: Any) -> float | None:
+    """Share of the evidence's tokens that have K/V at the last layer; the unmodified model has all."""
+    if not item.evidence:
+        return None
+    if not isinstance(cache, LazyCache):
+        return 1.0
+    return float(torch.isin(_evidence(pipe, item), cache.rows[0].stores[-1].tokens).double().mean())
+
+
+def _held_bytes(cache: Any) -> int:
+    """Bytes of K/V and of waiting states."""
+    if isinstance(cache, LazyCache):
+        return cache.kv_bytes + cache.aux_bytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def _second_turn(
@@ -152,7 +209,7 @@ def _second_turn(
 ) -> tuple[Tensor, int]:
     """Answers the first question, asks the second one on the same cache, and returns what comes after it."""
     tokenizer = cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
-    ends = [*end_token_ids(model, {}), tokenizer.eos_token_id]
+    ends = _ends(model, tokenizer)
     reply = _greedy(model, cache, first, tokenizer, replace(item, answers=()))
     said = [token for token in reply if token not in ends]
     if not said:  # an empty first answer: say something, so that the turn has a text
@@ -210,6 +267,11 @@ def _ids(encoded: EncodedPrompt, model: Any) -> Tensor:
     return torch.tensor([encoded.token_ids], device=model.device)
 
 
+def _first_logits(model: Any, cache: Any, encoded: EncodedPrompt) -> Tensor:
+    """Prefills; the logits [n] behind the prompt."""
+    return cast(Tensor, model(_ids(encoded, model), past_key_values=cache, logits_to_keep=1).logits[0, -1])
+
+
 def _cache(pipe: LazyPipeline, encoded: EncodedPrompt) -> LazyCache:
     return pipe.new_cache(marks=[encoded.marks])
 
@@ -221,17 +283,33 @@ def _say(model: Any, cache: Any, tokens: Sequence[int]) -> Tensor:
     return cast(Tensor, logits)
 
 
-def _forced_loss(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> float:
+def _forced(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> Iterator[Tensor]:
+    """The logits [n] before each of `tokens`, given those before the first."""
+    for token in tokens[:-1]:
+        yield logits
+        logits = _say(model, cache, [token])
+    yield logits
+
+
+def _forced_loss(
+    model: Any, cache: Any, logits: Tensor, tokens: Sequence[int], clock: list[float] | None = None
+) -> float:
+    """Mean negative log-likelihood of the tokens; `clock` gets the time at which each was judged."""
     total = 0.0
-    for index, token in enumerate(tokens):
-        total -= float(logits.float().log_softmax(-1)[token])
-        if index + 1 < len(tokens):
-            logits = _say(model, cache, [token])
+    for token, before in zip(tokens, _forced(model, cache, logits, tokens), strict=True):
+        total -= float(before.float().log_softmax(-1)[token])
+        if clock is not None:
+            clock.append(time.perf_counter())
     return total / len(tokens)
 
 
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    """The tokens that end a reply."""
+    return [*end_token_ids(model, {}), tokenizer.eos_token_id]
+
+
 def _greedy(model: Any, cache: Any, first: int, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
-    ends = [*end_token_ids(model, {}), tokenizer.eos_token_id]
+    ends = _ends(model, tokenizer)
     reply = [first]
     while len(reply) < item.new_tokens and reply[-1] not in ends:
         if item.answers and item.is_right(str(tokenizer.decode(reply, skip_special_tokens=True))):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LayerIndex = int | float
 """A layer as a number (`9`) or as a fraction of the depth (`0.3`)."""
 
+V = TypeVar("V")
+
 
 class Value(BaseModel):
     """Frozen and validated. Fields may be given by name or, in order, by position.
@@ -246,7 +248,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Keep:
-    """How many tokens may enter a layer: a fixed fraction of the context. Subclasses may read the scores.
+    """How many tokens may enter a layer: a fixed fraction of the context. Subclasses may count, or read the scores.
 
     Attributes:
         ratio: at most this fraction of all tokens the row has seen.
@@ -259,6 +261,10 @@ class Keep:
     def limit(self, context_tokens: int) -> int:
         """The most tokens that may enter: the ratio of the whole context, rounded down, at least one."""
         return tokens_of(self.ratio, context_tokens)
+
+    def fraction(self, context_tokens: int) -> float:
+        """The most that may enter as a fraction of the context."""
+        return self.ratio
 
     def free_tokens(self, scores: Tensor, protected: int, context_tokens: int) -> int:
         """How many tokens enter beside the protected ones, given the scores [f] of all that might."""
@@ -318,6 +324,37 @@ def layer_number(layer: LayerIndex, layers: int, *, owner: object) -> int:
     if not 0 <= number < layers:
         raise ConfigError(f"{owner}: layer {layer} does not exist; the model has layers 0 to {layers - 1}")
     return number
+
+
+def layer_numbers(by_layer: Mapping[LayerIndex, V], layers: int, *, owner: object) -> dict[int, V]:
+    """What stands at indices or fractions of the depth, by the layer numbers they mean.
+
+    Raises:
+        ConfigError: for a layer beyond the last one, or one that is meant twice.
+    """
+    numbered: dict[int, V] = {}
+    for layer, value in by_layer.items():
+        number = layer_number(layer, layers, owner=owner)
+        if number in numbered:
+            raise ConfigError(f"{owner}: two stages fall on layer {number} of {layers}")
+        numbered[number] = value
+    return numbered
+
+
+def number_keys(by_layer: Any) -> Any:
+    """JSON writes keys as text; reads them back as the layer or fraction they were (a pydantic validator's body)."""
+    if not isinstance(by_layer, dict):
+        return by_layer
+    return {_number(key) if isinstance(key, str) else key: value for key, value in by_layer.items()}
+
+
+def _number(text: str) -> int | float | str:
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text  # pydantic says what is wrong with it
 
 
 def check_layer_index(layer: LayerIndex) -> LayerIndex:

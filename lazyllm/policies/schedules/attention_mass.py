@@ -22,6 +22,8 @@ class MassKeep(Keep):
 
     def free_tokens(self, scores: Tensor, protected: int, context_tokens: int) -> int:
         """How many of the best tokens it takes; the protected ones count for floor and ceiling, not for the share."""
+        if not scores.numel():  # every token is protected, or was dropped for good in an earlier step
+            return 0
         if bool((scores < 0).any()):
             raise PolicyError(
                 f"a share of the score needs scores that are not negative, got {float(scores.min()):.4g}; "

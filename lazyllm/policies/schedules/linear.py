@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from lazyllm.policies.base import LayerIndex, Schedule, check_layer_index, layer_number
+from lazyllm.policies.base import LayerIndex, Schedule, check_layer_index
+from lazyllm.policies.schedules.falling import falling
 
 
 class Linear(Schedule):
@@ -22,7 +23,4 @@ class Linear(Schedule):
 
     def keep_ratios(self, layers: int) -> list[float]:
         """`1` before `start`, then evenly spaced ratios."""
-        begin = layer_number(self.start, layers, owner=self)
-        steps = max(1, layers - 1 - begin)
-        line = [self.first + (self.last - self.first) * step / steps for step in range(layers - begin)]
-        return [1.0] * begin + line
+        return falling(self, layers, first=self.first, last=self.last, start=self.start, shape=lambda p: p)

@@ -1,27 +1,10 @@
 """The paper's progressive schedule."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from lazyllm.errors import ConfigError
-from lazyllm.policies.base import LayerIndex, Schedule, check_layer_index, layer_number
-
-
-def _number_keys(stages: Any) -> Any:
-    """JSON writes keys as text; reads them back as the layer number or fraction they were."""
-    if not isinstance(stages, dict):
-        return stages
-    return {_number(key) if isinstance(key, str) else key: keep for key, keep in stages.items()}
-
-
-def _number(text: str) -> int | float | str:
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text  # pydantic says what is wrong with it
+from lazyllm.policies.base import LayerIndex, Schedule, check_layer_index, layer_numbers, number_keys
 
 
 class Stages(Schedule):
@@ -38,17 +21,12 @@ class Stages(Schedule):
 
     stages: Annotated[
         dict[Annotated[LayerIndex, AfterValidator(check_layer_index)], Annotated[float, Field(gt=0, le=1)]],
-        BeforeValidator(_number_keys),
+        BeforeValidator(number_keys),
     ]
 
     def keep_ratios(self, layers: int) -> list[float]:
         """The ratio of the last stage at or before each layer, 1 before the first."""
-        by_layer: dict[int, float] = {}
-        for layer, keep in self.stages.items():
-            number = layer_number(layer, layers, owner=self)
-            if number in by_layer:
-                raise ConfigError(f"{self}: two stages fall on layer {number} of {layers}")
-            by_layer[number] = keep
+        by_layer = layer_numbers(self.stages, layers, owner=self)
         ratios, current = [], 1.0
         for layer in range(layers):
             current = by_layer.get(layer, current)
