@@ -1,5 +1,6 @@
 """The test kit: every registered policy passes it, and each of its rules is seen to catch a policy that breaks it."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -537,6 +538,12 @@ def test_a_policy_that_breaks_a_rule_is_caught_by_its_name(broken: Broken):
 
 def test_every_rule_is_seen_to_catch_something():
     assert {broken.rule for broken in BROKEN} == set(RULES)
+
+
+def test_every_rule_is_in_the_docs():
+    page = (Path(__file__).parents[1] / "docs" / "writing-a-policy.md").read_text(encoding="utf-8")
+    table = page.partition("| rule | what is checked |")[2].partition("\n\n")[0]
+    assert dict(re.findall(r"^\| ([\w ]+) \| (.+) \|$", table, re.MULTILINE)) == RULES
 
 
 def test_a_policy_defined_in_a_function_is_told_where_to_be():
