@@ -3,8 +3,9 @@
     python benchmarks/scorers.py --tasks needle,squad,hotpot --items 8 --tokens 3072 --layers 1,3,9
 
 Each scorer prunes once, before the given layer, to 10, 20 and 30 % of the prompt; the table says what share of the
-tokens of the answering sentences is kept. Nothing is generated, and no layer behind the cut but one is run. The oracle
-knows the answer and reads its attention, dense. Without --model it runs the packaged SmolLM2-135M-Instruct. The tables
+tokens of the answering sentences is kept. Nothing is generated, and no layer behind the cut but one is run. Every
+scorer runs once for each layer, share and item, so begin with few. The oracle knows the answer and reads its attention,
+dense. Without --model it runs the packaged SmolLM2-135M-Instruct. The tables
 go to out/scorers.md, the figures to out/scorers.json, task by task.
 """
 
