@@ -1,6 +1,6 @@
 """How much of the evidence every scorer keeps, apart from any answer, with an oracle beside them.
 
-    python benchmarks/scorers.py --tasks needle,squad,hotpot --items 16 --tokens 3072 --layers 0,1,3,9
+    python benchmarks/scorers.py --tasks needle,squad,hotpot --items 8 --tokens 3072 --layers 1,3,9
 
 Each scorer prunes once, before the given layer, to 10, 20 and 30 % of the prompt; the table says what share of the
 tokens of the answering sentences is kept. Nothing is generated, and no layer behind the cut but one is run. The oracle
@@ -37,9 +37,9 @@ console = Console()
 
 def main(
     tasks: Annotated[str, typer.Option(help="Names of tasks whose items name evidence.")] = "needle,squad,hotpot",
-    items: Annotated[int, typer.Option(min=1, help="Items of every task.")] = 16,
-    tokens: Annotated[int, typer.Option(min=300, help="Length of the prompts.")] = 3072,
-    layers: Annotated[str, typer.Option(help="Layers to prune before.")] = "0,1,3,9",
+    items: Annotated[int, typer.Option(min=1, help="Items of every task.")] = 4,
+    tokens: Annotated[int, typer.Option(min=300, help="Length of the prompts.")] = 1536,
+    layers: Annotated[str, typer.Option(help="Layers to prune before.")] = "0,3",
     model: Annotated[str, typer.Option(help="Hub id, folder or GGUF file; the packaged SmolLM2 without it.")] = "",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "float32",
     device: Annotated[str, typer.Option(help="Device of the model.")] = "cuda" if torch.cuda.is_available() else "cpu",

@@ -105,7 +105,7 @@ def scorer_sections(found: Sequence[Kept], conditions: str) -> list[Section]:
     known = {(kept.task, kept.scorer, kept.layer, kept.keep): kept.recall for kept in found}
     shares = " / ".join(f"{keep:.0%}" for keep in keeps)
     sections = []
-    for layer in layers:
+    for layer in sorted(layers):
         rows = []
         for name in dict.fromkeys(kept.scorer for kept in found if kept.layer == layer):
             cells = [" / ".join(_shown(known.get((task, name, layer, keep))) for keep in keeps) for task in tasks]
