@@ -54,7 +54,8 @@ def test_every_registered_scorer_keeps_the_rules(name: str):
     check_scorer(SCORERS.build({"name": name, **FIELDS.get(name, {})}))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+# A tuned schedule serves the one model it was found for and refuses the kit's; tests/test_tuned.py has its own.
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "Tuned"])
 def test_every_registered_schedule_keeps_the_rules(name: str):
     check_schedule(SCHEDULES.build({"name": name, **REQUIRED.get(name, {})}))
 

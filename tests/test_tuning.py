@@ -432,6 +432,7 @@ def test_a_search_gives_the_same_for_a_seed_and_another_for_another(model, tmp_p
     assert first.front != other.front
     assert configs[0][:4] == configs[2][:4]  # these are given, the others drawn
     assert not any(config in configs[2] for config in configs[0][4:])
+    assert configs[0][4] != configs[0][5]
 
 
 def test_the_front_is_what_no_trial_beats(model, tmp_path):

@@ -77,7 +77,7 @@ def draw(rows: dict[str, np.ndarray], evidence: slice, path: Path) -> None:
 
 
 def main() -> None:
-    """Writes kept.png beside this file."""
+    """Runs every scorer and draws what it keeps."""
     with quiet_loading():
         model, tokenizer = load_model(packaged_model(), dtype=torch.float32)
     (item,) = make_items("squad", Maker(tokenizer, TOKENS), 1, seed=SEED)
