@@ -460,6 +460,13 @@ def test_the_front_is_what_no_trial_beats(model, tmp_path):
         assert fidelity.measure(one.config, validation) == one.validation
 
 
+def test_of_trials_that_do_the_same_the_front_has_the_first(model, tmp_path, monkeypatch):
+    same = {"divergence": 1.0, "speedup": 2.0}
+    monkeypatch.setattr(Fidelity, "measure", lambda *values: made_up(*values).model_copy(update=same))
+    outcome = tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path, **SMALL)
+    assert [(one.number, one.training.speedup) for one in outcome.front] == [(0, 2.0)]
+
+
 def test_more_trials_go_on_where_fewer_stopped(model, tmp_path, measured):
     whole = tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path / "whole", **SMALL)
     configs = list(measured)
