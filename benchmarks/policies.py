@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lazyllm import LazyConfig, LazyPipeline
+from lazyllm import LazyConfig, LazyPipeline, preset_names
 from lazyllm.errors import InputError, LazyLLMError
 from lazyllm.evaluation.compare import STOCK, Effect, Journal, Line, compare, groups, run
 from lazyllm.evaluation.curves import CURVES, curve_points
@@ -35,12 +35,26 @@ TASKS = "needle,squad,hotpot,labels,code"
 PRESETS = "recommended,recommended-fast,static-pruning"
 LAYOUTS = {"last": "question last", "first": "question first", "middle": "question in the middle"}
 
+COLUMNS = (
+    "TTFT speedup",
+    "decode speedup",
+    "computed",
+    "memory",
+    "evidence",
+    "right",
+    "won / lost",
+    "p",
+    "loss",
+    "change of loss",
+    "agreement",
+)
+
 console = Console(width=None if Console().is_terminal else 160)
 
 
 def main(
     tasks: Annotated[str, typer.Option(help="Names of tasks.")] = TASKS,
-    presets: Annotated[str, typer.Option(help="Names of presets, or paths of configuration files.")] = PRESETS,
+    presets: Annotated[str, typer.Option(help="Names of presets, or paths of configuration files; all.")] = PRESETS,
     items: Annotated[int, typer.Option(min=1, help="Items of every task.")] = 50,
     tokens: Annotated[int, typer.Option(min=300, help="Length of the prompts.")] = 3072,
     curves: Annotated[str, typer.Option(help="Methods to run from gentle to strong: " + ", ".join(CURVES))] = "",
@@ -74,6 +88,7 @@ def main(
             )
         lines = compare(verdicts)
         console.print(table(lines, f"{prefix}: {items} items per task, {torch.get_num_threads()} threads"))
+        (out / "policies.md").write_text(markdown(lines), encoding="utf-8")
         (out / "policies.json").write_text(json.dumps([line.to_dict() for line in lines], indent=2))
         console.print("written:", out / "policies.json", "and", plot_quality(lines, out / "policies.png"))
     except LazyLLMError as error:
@@ -82,8 +97,9 @@ def main(
 
 
 def named(presets: str) -> dict[str, LazyConfig]:
-    """Configurations of presets and files, by name."""
-    return {Path(name).stem: LazyConfig.preset(name) for name in presets.split(",") if name}
+    """Configurations of presets and files, by name; "all" is every shipped preset but the unmodified model's."""
+    names = [name for name in preset_names() if name != "dense"] if presets == "all" else presets.split(",")
+    return {Path(name).stem: LazyConfig.preset(name) for name in names if name}
 
 
 def swept(curves: str) -> dict[str, LazyConfig]:
@@ -115,14 +131,16 @@ def table(lines: Sequence[Line], title: str) -> Table:
     view = Table(title=title)
     for column in ("task", "run"):
         view.add_column(column)
-    for column in ("TTFT speedup", "computed", "right", "won / lost", "p", "loss", "change of loss", "agreement"):
+    for column in COLUMNS:
         view.add_column(column, justify="right")
     for task, group in groups(lines):
         view.add_section()
         for line in group:
             view.add_row(task, *_cells(line), style="bold" if line.contender == STOCK else None)
     view.caption = (
-        "speedup: median of paired ratios; change of loss per token of the right answer, paired; 95 % intervals"
+        "speedups: medians of paired ratios; computed: layer-tokens of the prefill; memory: K/V and waiting states at "
+        "the end, of the unmodified model's; evidence: its share with K/V at the last layer; change of loss: per token "
+        "of the right answer, paired; 95 % intervals"
     )
     return view
 
@@ -131,7 +149,10 @@ def _cells(line: Line) -> list[str]:
     return [
         line.contender,
         _interval(line.speedup, "{:.1f}", "x"),
+        "-" if line.decode_speedup is None else f"{line.decode_speedup.estimate:.2f}x",
         f"{line.computed_fraction:.0%}",
+        "-" if line.memory is None else f"{line.memory:.0%}",
+        "-" if line.recall is None else f"{line.recall:.2f}",
         "-" if line.score is None else f"{line.score:.2f}",
         f"+{line.won} -{line.lost}",
         "-" if line.p_value is None else f"{line.p_value:.2f}",
@@ -139,6 +160,13 @@ def _cells(line: Line) -> list[str]:
         _interval(line.loss_change, "{:+.2f}"),
         f"{line.agreement:.2f}",
     ]
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table in Markdown."""
+    head = ["task", "run", *COLUMNS]
+    rows = [[task, *_cells(line)] for task, group in groups(lines) for line in group]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
 
 
 def _interval(effect: Effect, form: str, unit: str = "") -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -262,20 +263,42 @@ def _write(
 
 @app.command()
 @_errors_as_lines()
-def policies() -> None:
+def policies(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, as on the page of policies.")] = False,
+) -> None:
     """Lists every scorer, schedule, cache and preset."""
+    if markdown:
+        typer.echo("\n".join(_markdown(*listed) for listed in _listed()), nl=False)
+        return
     console = Console()
+    for columns, rows in _listed():
+        table = _table(*columns)
+        for name, *cells in rows:
+            table.add_row(name, *map(Text, cells))
+        console.print(table)
+
+
+def _listed() -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Columns and rows: one table for each axis, and one of the presets."""
     registries: Sequence[Registry[Any]] = (SCORERS, SCHEDULES, CACHES)
     for registry in registries:
-        table = _table(registry.kind, "fields", "summary", "source")
-        for name, policy in registry.items():
-            table.add_row(name, Text(_fields(policy)), Text(policy.summary()), Text(_source(policy)))
-        console.print(table)
-    table = _table("preset", "policies", "summary")
-    for name in preset_names():
-        config = LazyConfig.preset(name)
-        table.add_row(name, Text(f"{config.scorer}, {config.schedule}, {config.cache}"), Text(_preset_summary(name)))
-    console.print(table)
+        rows = [[name, _fields(policy), policy.summary(), _source(policy)] for name, policy in registry.items()]
+        yield [registry.kind, "fields", "summary", "source"], rows
+    configs = {name: LazyConfig.preset(name) for name in preset_names()}
+    yield (
+        ["preset", "policies", "summary"],
+        [
+            [name, f"{config.scorer}, {config.schedule}, {config.cache}", _preset_summary(name)]
+            for name, config in configs.items()
+        ],
+    )
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; names and code stand in backticks."""
+    shown = [[f"`{name}`", *(cell.replace("|", "\\|") for cell in cells)] for name, *cells in rows]
+    lines = [list(columns), ["---"] * len(columns), *shown]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _table(name: str, *columns: str) -> Table:
@@ -302,8 +325,10 @@ def _source(policy: type[Policy]) -> str:
 
 
 def _preset_summary(name: str) -> str:
-    first = (PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else "-"
+    """The first sentence of what the preset's file says of itself."""
+    lines = (PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    said = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=\.) (?=From the source|What differs)", said)[0] or "-"
 
 
 # -- inspect-config ----------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class LazyConfig(Policy):
         default_factory=AuxCache
     )
     protect: Protect = Field(default_factory=Protect)
-    chunk: Annotated[int, Field(ge=1)] = 4096
+    chunk: Annotated[int, Field(ge=1)] = 8192
     compile: bool = False
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def is_ascending(tokens: Tensor) -> bool:
 class GrowingBuffer:
     """A tensor that grows along one axis by half of its size, but not by more than a step, so that appending is cheap.
 
-    The first entries are taken as they are, without a copy, and never written to: a prefill is not held up, and the
-    next append makes room.
+    Memory that is not its own is never written to; the next write takes memory of its own. That is so for the first
+    entries, which are taken as they are so that a prefill is not held up, and for what it shares with a copy.
 
     Attributes:
         length: entries in use.
@@ -70,6 +70,12 @@ class GrowingBuffer:
         assert self._data is not None, "nothing was appended yet"
         return self._data.narrow(self.axis, 0, self.length)
 
+    def writable(self) -> Tensor:
+        """All entries in use, to be changed in place."""
+        if not self._is_own:
+            self._data, self._is_own = self.read().clone(), True
+        return self.read()
+
     def truncate(self, length: int) -> None:
         """Forgets the entries from `length` on."""
         self.length = min(self.length, length)
@@ -82,10 +88,10 @@ class GrowingBuffer:
         self._data, self.length, self._is_own = kept, kept.shape[self.axis], True
 
     def copy(self) -> "GrowingBuffer":
-        """An independent copy."""
+        """An independent copy; both share their memory until one of them writes."""
         twin = GrowingBuffer(self.axis)
-        if self._data is not None:
-            twin.append(self.read().clone())
+        twin._data, twin.length = self._data, self.length
+        self._is_own = False
         return twin
 
     @property

@@ -22,14 +22,16 @@ from transformers import (
 
 from lazyllm.caches import CachePolicy, LazyCache
 from lazyllm.caches.row import PromptMarks
+from lazyllm.caches.saved import load_cache
 from lazyllm.callbacks import Callback, GenerateEnd
 from lazyllm.config import LazyConfig
-from lazyllm.errors import CacheError, ConfigError, InputError
+from lazyllm.errors import AttachError, CacheError, ConfigError, InputError
 from lazyllm.models.attach import attached, check_model
 from lazyllm.models.families import DecoderContract, contract_of
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
+from lazyllm.models.reader import open_readers
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
 from lazyllm.policies.protect import Protect
@@ -164,6 +166,19 @@ class LazyPipeline:
         """
         return LazyCache(self.config.cache, marks=marks)
 
+    def load_cache(self, path: str | Path) -> LazyCache:
+        """The cache that was saved to a file with `cache.save`, on this model's devices.
+
+        Raises:
+            CacheError: when there is no such file, it is damaged or was changed, or it comes from another version of
+                the format, another model, or another cache policy than this pipeline's.
+        """
+        try:
+            contract = contract_of(self.model, known=self._contract)
+        except AttachError:
+            contract = self._contract  # read when the model was attached
+        return load_cache(path, self.config.cache, contract.decoder, contract.devices)
+
     @contextmanager
     def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:
         """The model, running lazily for as long as the context lasts, for a generation loop of your own.
@@ -215,6 +230,7 @@ class LazyPipeline:
         clock = TokenClock(model.device)
         recorder = StepRecorder(self._contract.windows)
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
+        read_before = self._read_flops
         with cache.claim("generation"), self.attached(callbacks=[recorder]) as lazy:
             if cache.columns >= ids.shape[1]:
                 raise InputError(
@@ -223,6 +239,7 @@ class LazyPipeline:
                 )
             cache.mark_prompts([one.marks for one in encoded])
             output = lazy.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        recorder.reading_flops = self._read_flops - read_before
         results = self._results(output, encoded, ids.shape[1], recorder, clock, started, options)
         for callback in self.callbacks:
             callback.on_generate_end(GenerateEnd(tuple(results)))
@@ -261,8 +278,18 @@ class LazyPipeline:
         config = self.config
         config.check_model(self.model, self.tokenizer)
         self._contract = contract
-        self._selector = Selector(config.scorer, config.schedule, config.protect, len(contract.layers))
+        eviction = config.cache.eviction
+        scorers = [config.scorer] if eviction is None else [config.scorer, eviction.scorer]
+        names = list(dict.fromkeys(name for scorer in scorers for name in scorer.reads_models))
+        self._readers = open_readers(names, self.model, self.tokenizer, contract)
+        layers, reads = len(contract.layers), self._readers
+        self._selector = Selector(config.scorer, config.schedule, config.protect, layers, reads=reads)
         self._costs = flop_model(self.model, contract)
+
+    @property
+    def _read_flops(self) -> int:
+        """Operations that language models have done for scorers so far."""
+        return sum(reader.flops for reader in self._readers.values())
 
     def _encode(self, prompts: Sequence[Prompt], query: Query | list[Query] | None) -> list[EncodedPrompt]:
         queries = query if isinstance(query, list) else [query] * len(prompts)

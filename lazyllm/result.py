@@ -36,6 +36,7 @@ class GenerationStats:
         tokens_per_layer: by step, by layer, counts of visible, computed and revived tokens.
         prefill_steps: how many of the steps were prefill.
         flops, dense_flops: operations done, and of a dense run over the same tokens.
+        reading_flops: those of `flops` that language models did for a scorer; 0 for scorers that name none.
         predicted_speedup: dense over actual operations of the prefill steps.
         kv_bytes, aux_bytes: bytes of K/V and of frontier states held at the end, whole batch.
         peak_bytes: peak of the device's allocated memory on CUDA, else of the process's resident memory.
@@ -52,6 +53,7 @@ class GenerationStats:
     tokens_per_layer: list[list[LayerTokens]]
     prefill_steps: int
     flops: int
+    reading_flops: int
     dense_flops: int
     predicted_speedup: float
     kv_bytes: int
@@ -109,8 +111,13 @@ class StepRecorder(Callback):
     def __init__(self, windows: Sequence[int | None]) -> None:
         self.windows = windows
         self.steps: list[list[StepCount]] = []
-        self.kv_bytes = self.aux_bytes = 0
+        self.kv_bytes = self.aux_bytes = self.reading_flops = 0
         self._open: list[StepCount] = []
+
+    @property
+    def rows(self) -> int:
+        """How many rows the batch has."""
+        return len(self.steps[0]) if self.steps else 0
 
     def on_prefill_start(self, event: PrefillStart) -> None:
         """Forgets the layers of a step that failed."""
@@ -158,6 +165,7 @@ def make_stats(
     flops, dense_flops = step_flops(everything, costs, recorder.windows)
     merged = [_sum_rows(rows) for rows in zip(*steps, strict=True)]
     gaps = len(token_times) - 1
+    reading = recorder.reading_flops * len(steps) // recorder.rows if recorder.rows else 0
     return GenerationStats(
         layers=layers,
         prompt_tokens=prompt_tokens,
@@ -169,9 +177,10 @@ def make_stats(
         revived_tokens=sum(layer.revived for step in everything for layer in step.layers),
         tokens_per_layer=merged,
         prefill_steps=sum(step.is_prefill for step in steps[0]),
-        flops=flops,
+        flops=flops + reading,
+        reading_flops=reading,
         dense_flops=dense_flops,
-        predicted_speedup=_ratio(dense, done),
+        predicted_speedup=_ratio(dense, done + reading),
         kv_bytes=recorder.kv_bytes,
         aux_bytes=recorder.aux_bytes,
         peak_bytes=peak_bytes,

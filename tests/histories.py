@@ -1,6 +1,7 @@
 """Running scripts of steps, and Hypothesis strategies for them."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -8,14 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazyllm import (
+    AccumulatedAttention,
     AttentionMass,
     AuxCache,
     Blockwise,
+    BudgetCache,
     ByQuestion,
     CachePolicy,
     Combined,
     Cosine,
     DropCache,
+    EvictingCache,
     FullBelow,
     Funnel,
     LastTokenAttention,
@@ -23,13 +27,17 @@ from lazyllm import (
     LazyCache,
     LazyPipeline,
     LexicalOverlap,
+    OffloadedAux,
     PerPhase,
     Pooled,
     Power,
     Protect,
     Pyramid,
+    QuantizedAux,
+    QuantizedKV,
     Random,
     Schedule,
+    ScoreContext,
     ScoreGap,
     Scorer,
     SinkRecent,
@@ -78,6 +86,13 @@ class History:
         self.tokens.append(held)
         return logits
 
+    def fork(self) -> "History":
+        """A fork of the cache, with the same past."""
+        twin = History(self.pipe, self.cache.fork(), ids=[list(ids) for ids in self.ids], mask=self.mask)
+        twin.trace.steps = [list(step) for step in self.steps]
+        twin.logits, twin.tokens = list(self.logits), list(self.tokens)
+        return twin
+
     @property
     def steps(self) -> list[list[LayerEnd]]:
         """What every layer of every step did."""
@@ -88,6 +103,16 @@ def new_history(model: PreTrainedModel, **policies) -> History:
     """An empty history of a pipeline with these policies."""
     pipe = LazyPipeline(model, **policies)
     return History(pipe, pipe.new_cache())
+
+
+class Moving(Scorer):
+    """Prefers other tokens at every layer and context length, so that every step revives some, and looks back."""
+
+    needs_memory: ClassVar[bool] = True
+
+    def score(self, context: ScoreContext) -> Tensor:
+        moving = (context.tokens * 7 + context.layer * 5) * context.context_tokens % 23
+        return moving + context.states_of(context.tokens).sum(-1).tanh()
 
 
 def batches(rows: int, max_length: int = 12):
@@ -135,13 +160,33 @@ SCORERS: st.SearchStrategy[Scorer] = st.one_of(
     st.lists(st.tuples(_SIMPLE, st.sampled_from([0.5, 1.0, 2.0])), min_size=1, max_size=2).map(Combined),
 )
 PROTECT = st.builds(Protect, sinks=st.integers(0, 3), recent=st.integers(0, 4), generated=st.booleans())
-AUX_CACHES: st.SearchStrategy[CachePolicy] = st.builds(
-    AuxCache,
-    decode=st.sampled_from(["select", "select", "reuse"]),
-    attend=st.sampled_from(["visible", "cached"]),
-    max_revived=st.sampled_from([None, None, 0, 1, 3]),
-    revive_every=st.sampled_from([1, 1, 2]),
+_AUX_FIELDS = {
+    "decode": st.sampled_from(["select", "select", "reuse"]),
+    "attend": st.sampled_from(["visible", "cached"]),
+    "max_revived": st.sampled_from([None, None, 0, 1, 3]),
+    "revive_every": st.sampled_from([1, 1, 2]),
+}
+AUX_CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
+    st.builds(AuxCache, **_AUX_FIELDS),
+    st.builds(OffloadedAux, where=st.sampled_from(["cpu", "disk"]), **_AUX_FIELDS),
 )
+ROUNDING_CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
+    st.builds(QuantizedAux, bits=st.sampled_from([8, 4]), **_AUX_FIELDS),
+    st.builds(QuantizedKV, bits=st.sampled_from([8, 4]), **_AUX_FIELDS),
+)
+"""Caches that keep the ledger's laws as they are, and those about numbers with numbers that are rounded."""
+FORGETTING_CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
+    st.builds(
+        BudgetCache, tokens=st.integers(1, 12), layer=st.integers(1, LAYERS - 1), sinks=st.integers(0, 2), **_AUX_FIELDS
+    ),
+    st.builds(
+        EvictingCache,
+        scorer=st.sampled_from([WindowAttention(window=2), AccumulatedAttention(), Random()]),
+        budget=st.sampled_from([1, 4, 9, 0.3, 1.0]),
+        when=st.sampled_from(["prefill", "decode"]),
+    ),
+)
+"""Caches that give up K/V, in a step or after it."""
 CACHES: st.SearchStrategy[CachePolicy] = st.one_of(
     AUX_CACHES, st.builds(DropCache, attend=st.sampled_from(["visible", "cached"]))
 )

@@ -3,9 +3,12 @@
 `replay` runs the unmodified layers once over all tokens of one row. At each layer, the query of a token
 sees the keys that were attended when that token was computed there, and nothing else. It shares no code
 with the stack, the stores or the masks it judges.
+
+Of a cache that rounds, the replay rounds the same numbers: `Rounding` says which.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +16,62 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from lazyllm import CachePolicy, QuantizedAux, QuantizedKV
 from lazyllm.callbacks import LayerEnd
 from tests.histories import History
 
 TOLERANCE = 1e-12
 
 
-class ReplayStack(nn.Module):
-    """Runs layers with one explicit [t, t] boolean mask each, without a cache."""
+@dataclass(frozen=True)
+class Rounding:
+    """What a cache rounds, to how many bits; None = nothing."""
 
-    def __init__(self, decoder: Any, masks: Sequence[Tensor], positions: Tensor) -> None:
+    states: int | None = None
+    keys_and_values: int | None = None
+
+
+EXACT = Rounding()
+
+
+def rounding_of(policy: CachePolicy) -> Rounding:
+    """What a cache policy rounds."""
+    return Rounding(
+        states=policy.bits if isinstance(policy, QuantizedAux) else None,
+        keys_and_values=policy.bits if isinstance(policy, QuantizedKV) else None,
+    )
+
+
+def rounded(numbers: Tensor, bits: int | None) -> Tensor:
+    """Vectors [..., d] whose numbers are whole multiples of their largest one divided by 127 (8 bits) or 7 (4 bits)."""
+    if bits is None:
+        return numbers
+    scale = numbers.abs().amax(-1, keepdim=True) / {8: 127, 4: 7}[bits]
+    return (numbers / torch.where(scale == 0, 1, scale)).round() * scale
+
+
+class RoundedKeys:
+    """Stands in for the cache of a layer: hands keys and values back, rounded."""
+
+    def __init__(self, bits: int | None) -> None:
+        self.bits = bits
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return rounded(keys, self.bits), rounded(values, self.bits)
+
+
+class ReplayStack(nn.Module):
+    """Runs layers with one explicit [t, t] boolean mask each, without a cache.
+
+    `waited[layer]` [t] are the tokens that stopped before the layer and were taken up there later.
+    """
+
+    def __init__(
+        self, decoder: Any, masks: Sequence[Tensor], waited: Sequence[Tensor], positions: Tensor, rounding: Rounding
+    ) -> None:
         super().__init__()
         self.decoder, self.masks, self.positions = [decoder], masks, positions
+        self.waited, self.rounding = waited, rounding
         self.original = [decoder.layers]
         self.states: list[Tensor] = []
 
@@ -34,8 +81,10 @@ class ReplayStack(nn.Module):
         two_ropes = isinstance(getattr(decoder.config, "rope_parameters", None), dict) and (
             "full_attention" in decoder.config.rope_parameters
         )
+        keys_and_values = RoundedKeys(self.rounding.keys_and_values)
         for index, layer in enumerate(self.original[0]):
             self.states.append(hidden[0])
+            hidden = torch.where(self.waited[index][:, None], rounded(hidden, self.rounding.states), hidden)
             rope = (
                 decoder.rotary_emb(hidden, positions, decoder.config.layer_types[index])
                 if two_ropes
@@ -44,12 +93,24 @@ class ReplayStack(nn.Module):
             mask = self.masks[index][None, None]
             if decoder.config._attn_implementation == "eager":
                 mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-            hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=rope,
+                past_key_values=keys_and_values,
+            )
         return hidden
 
 
 def replay(
-    model: PreTrainedModel, ids: Tensor, steps: Sequence[Sequence[LayerEnd]], row: int, positions: Tensor | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    steps: Sequence[Sequence[LayerEnd]],
+    row: int,
+    positions: Tensor | None = None,
+    *,
+    rounding: Rounding = EXACT,
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits [t, vocabulary] of one row under the masks of `steps`, and the states [t, c] entering each layer.
 
@@ -59,17 +120,21 @@ def replay(
         steps: by step, by layer, what was computed and attended.
         row: which row of the batch.
         positions: [t], default 0 .. t-1.
+        rounding: what the cache rounds.
     """
     decoder: Any = model.get_decoder()
     length = ids.numel()
     positions = torch.arange(length) if positions is None else positions
     causal = positions[:, None] >= positions[None, :]
     _, options = get_layer_types_and_kwargs(decoder.config)
-    masks = []
+    masks, waited = [], []
+    latest = arrivals(steps, row, length)
     for layer in range(len(decoder.layers)):
         mask = torch.eye(length, dtype=torch.bool)
-        for step in steps:
+        before = latest.clone()
+        for number, step in enumerate(steps):
             trace = step[layer].rows[row]
+            latest[trace.computed] = number
             for token in trace.computed.tolist():
                 mask[token] = False
                 mask[token, trace.attended] = True
@@ -78,7 +143,8 @@ def replay(
         if window is not None:
             mask &= positions[:, None] - positions[None, :] < window
         masks.append(mask)
-    stack = ReplayStack(decoder, masks, positions)
+        waited.append(latest > before)
+    stack = ReplayStack(decoder, masks, waited, positions, rounding)
     original = decoder.layers
     decoder.layers = nn.ModuleList([stack])
     try:
@@ -89,12 +155,21 @@ def replay(
     return logits, stack.states
 
 
+def arrivals(steps: Sequence[Sequence[LayerEnd]], row: int, length: int) -> Tensor:
+    """[t] the step that brought each token: the last one whose new tokens began at it or before."""
+    brought = torch.zeros(length, dtype=torch.long)
+    for number, step in enumerate(steps):
+        brought[step[0].rows[row].first_new :] = number
+    return brought
+
+
 def assert_replays(history: History, tolerance: float = TOLERANCE * 100) -> None:
     """Every logit row a history returned equals the replay's."""
+    rounding = rounding_of(history.cache.policy)
     for row, ids in enumerate(history.ids):
         if not ids:
             continue
-        expected, _ = replay(history.pipe.model, torch.tensor(ids), history.steps, row)
+        expected, _ = replay(history.pipe.model, torch.tensor(ids), history.steps, row, rounding=rounding)
         for logits, tokens in zip(history.logits, history.tokens, strict=True):
             real = tokens[row] >= 0
             got = logits[row, real]

@@ -206,7 +206,7 @@ def test_inspect_config_shows_the_yaml_the_ratios_and_the_work(lazyllm, name: st
     cuts = {-1: Keep(1.0), **cuts}
     keeps = [cuts[max(cut for cut in cuts if cut <= layer)] for layer in range(layers)]
     assert shown == [str(keep) for keep in keeps]
-    assert f"{sum(keep.ratio for keep in keeps) / layers:.1%} of dense" in out
+    assert f"{sum(keep.fraction(4096) for keep in keeps) / layers:.1%} of dense" in out
 
 
 def test_inspect_config_knows_that_a_dense_cache_prunes_nothing(lazyllm, tmp_path):

@@ -34,11 +34,14 @@ from lazyllm import (
     LazyPipeline,
     LexicalOverlap,
     Linear,
+    OffloadedAux,
     PerPhase,
     Pooled,
     Power,
     Protect,
     Pyramid,
+    QuantizedAux,
+    QuantizedKV,
     Random,
     Schedule,
     ScoreContext,
@@ -61,6 +64,7 @@ REQUIRED = {
     "Pooled": {"scorer": "Random(seed=3)"},
     "Blockwise": {"scorer": "WindowAttention(window=4)", "size": 3},
     "Combined": {"scorers": [("Random", 1.0), ({"name": "Pooled", "scorer": "SinkRecent"}, 0.5)]},
+    "Oracle": {"answer": (5, 7)},
     "Funnel": {"schedules": ["AttentionMass(start=1)", {"name": "Constant", "keep": 0.5, "start": 2}]},
     "FullBelow": {"length": 30, "schedule": {"name": "Stages", "stages": {1: 0.5}}},
     "ByQuestion": {"asked": "Constant(keep=0.5)", "unasked": "Constant()"},
@@ -158,14 +162,18 @@ schedules = st.recursive(
     ),
     max_leaves=4,
 )
+aux_fields = {
+    "attend": st.sampled_from(["visible", "cached"]),
+    "decode": st.sampled_from(["select", "reuse"]),
+    "max_revived": st.none() | st.integers(0, 999),
+    "revive_every": st.integers(1, 99),
+}
 caches = st.one_of(
-    st.builds(
-        AuxCache,
-        attend=st.sampled_from(["visible", "cached"]),
-        decode=st.sampled_from(["select", "reuse"]),
-        max_revived=st.none() | st.integers(0, 999),
-        revive_every=st.integers(1, 99),
-    ),
+    st.builds(AuxCache, **aux_fields),
+    st.builds(OffloadedAux, **aux_fields),
+    st.builds(OffloadedAux, where=st.just("disk"), folder=st.none() | st.text(min_size=1), **aux_fields),
+    st.builds(QuantizedAux, bits=st.sampled_from([8, 4]), **aux_fields),
+    st.builds(QuantizedKV, bits=st.sampled_from([8, 4]), **aux_fields),
     st.builds(DropCache, attend=st.sampled_from(["visible", "cached"])),
     st.just(OwnCache(decode="reuse")),
 )
@@ -343,6 +351,11 @@ def test_a_wrong_import_path_is_refused(path: str, part: str):
         ({"schedule": "PerPhase(prefill='Constant')"}, ["PerPhase.decode", "required"]),
         ({"cache": "AuxCache(max_revived=-1)"}, ["max_revived", "-1"]),
         ({"cache": "AuxCache(revive_every=0)"}, ["revive_every", "0"]),
+        ({"cache": "OffloadedAux(where='gpu')"}, ["OffloadedAux.where", "'cpu' or 'disk'", "'gpu'"]),
+        ({"cache": "OffloadedAux(where='disk', folder='')"}, ["OffloadedAux.folder", "at least 1"]),
+        ({"cache": "OffloadedAux(folder='x')"}, ["a folder is for where='disk', not for where='cpu'"]),
+        ({"cache": "QuantizedAux(bits=3)"}, ["QuantizedAux.bits", "8 or 4", "3"]),
+        ({"cache": "QuantizedKV(bits=16)"}, ["QuantizedKV.bits", "8 or 4", "16"]),
         ({"protect": {"sinks": -1}}, ["sinks", "-1"]),
         ({"protect": {"spans": [(3, 3)]}}, ["start < stop", "(3, 3)"]),
         ({"protect": {"spans": [""]}}, ["must not be empty"]),
@@ -519,7 +532,7 @@ def test_every_preset_loads_and_fits_a_model(name: str):
     config = LazyConfig.preset(name)
     assert LazyConfig.from_text(config.to_yaml()) == config
     cuts = config.schedule.cuts(24, Phase(is_prefill=True, context_tokens=4096))
-    assert (cuts == {}) == (name == "dense")
+    assert (cuts == {}) == (name in ("dense", "snapkv", "h2o", "streamingllm")), "these compute the whole prompt"
     assert LazyPipeline.from_preset(name).config == config
 
 

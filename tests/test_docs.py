@@ -10,9 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import lazyllm
 from lazyllm import CACHES, SCHEDULES, SCORERS, preset_names
+from lazyllm.cli import app
 from tests.tiny import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,14 @@ def section(page: Path, title: str) -> str:
     match = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert match, f"{page.name} has no section {title!r}"
     return match.group(1)
+
+
+def test_the_page_of_policies_is_what_the_command_prints():
+    page = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    printed = CliRunner().invoke(app, ["policies", "--markdown"])
+    assert printed.exit_code == 0
+    marks = "<!-- lazyllm policies --markdown -->\n", "<!-- end -->\n"
+    assert page.split(marks[0])[1].split(marks[1])[0].strip() == printed.stdout.strip()
 
 
 def test_versions_agree():

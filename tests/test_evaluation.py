@@ -268,6 +268,22 @@ def test_the_order_of_a_mapping_does_not_matter():
     assert _digest(LazyConfig(schedule=Stages(stages))) == _digest(LazyConfig(schedule=Stages(turned)))
 
 
+def test_recall_decode_and_memory_are_paired_where_they_were_noted():
+    def verdict(recall, step, held) -> Verdict:
+        return Verdict([1], 1.0, [1], "", True, 1.0, 0.5, recall, step, held)
+
+    stock = [verdict(1.0, 0.4, 100), verdict(None, None, 300), verdict(1.0, 0.6, 200)]
+    mine = [verdict(0.5, 0.2, 50), verdict(None, None, 60), verdict(0.0, 0.1, None)]
+    own, line = compare({"task": {STOCK: stock, "mine": mine}})
+    assert (own.recall, own.memory) == (1.0, 1.0)
+    assert line.recall == 0.25
+    assert line.decode_speedup.estimate == pytest.approx((2 + 6) / 2)
+    assert line.memory == pytest.approx((0.5 + 0.2) / 2)
+    old = [Verdict([1], 1.0, [1], "", True, 1.0, 0.5)] * 3
+    unknown = compare({"task": {STOCK: stock, "old": old}})[1]
+    assert (unknown.recall, unknown.decode_speedup, unknown.memory) == (None, None, None)
+
+
 def test_the_comparison_is_paired():
     def verdict(loss: float, right: bool, ttft: float, reply: list[int]) -> Verdict:
         return Verdict([1], loss, reply, "", right, ttft, 0.5)

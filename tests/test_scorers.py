@@ -26,15 +26,15 @@ from tests.replay import replay
 from tests.tiny import FAMILY_KERNELS, LAYERS, random_ids, tiny_model
 
 
-class Spy(Scorer):
+class Spy(ComposedScorer):
     """Keeps what another scorer was shown and what it said."""
 
     inner: Scorer
     seen: list
 
     @property
-    def needs_attention(self):
-        return self.inner.needs_attention
+    def parts(self):
+        return (self.inner,)
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         scores = self.inner.score(context)
@@ -113,7 +113,7 @@ def test_attention_sinks_take_their_share_of_the_probability():
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(4, 1, 8, generator=generator), torch.randn(2, 6, 8, generator=generator)
     tokens, sinks = torch.arange(6), torch.randn(4, generator=generator)
-    inputs = AttentionInputs(queries, tokens[-1:], keys, tokens, tokens, 0.5, None, None, sinks)
+    inputs = AttentionInputs(queries, tokens[-1:], keys, tokens, tokens, keys, 0.5, None, None, sinks)
     logits = torch.einsum("hqd,hkd->hqk", queries, keys.repeat_interleave(2, 0)) * 0.5
     expected = torch.cat([logits, sinks[:, None, None]], -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(inputs.probabilities(1), expected)
@@ -163,6 +163,7 @@ FIELDS = {
     "Pooled": {"scorer": "LastTokenAttention", "width": 3},
     "Blockwise": {"scorer": "LateInteraction(query=4)", "size": 8},
     "Combined": {"scorers": {"Random": 1.0, "LexicalOverlap(query=4)": 0.5}},
+    "Oracle": {"answer": [5, 7]},
 }
 
 

@@ -1,4 +1,7 @@
-"""Any interleaving of prefill, chunk, decode, reorder, crop, copy, failure and reset keeps ledger and logits right."""
+"""Any interleaving of steps, reordering, crops, forks, saving, failure and reset keeps ledger and logits right."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -6,17 +9,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lazyllm import AuxCache, Callback, DropCache
+from lazyllm import AuxCache, Callback, DropCache, OffloadedAux, QuantizedAux, QuantizedKV
 from lazyllm.callbacks import LayerEnd, RowTrace
-from tests.histories import batches, new_history, policies
-from tests.replay import replay
+from tests.histories import History, batches, new_history, policies
+from tests.replay import replay, rounding_of
 from tests.tiny import LAYERS, tiny_model
 
 ROWS = 2
+MOST_FORKS = 3
 
 
 class Conversation(RuleBasedStateMachine):
-    """Drives one cache the way generation loops of every kind do."""
+    """Drives a cache and its forks, in turns, the way generation loops of every kind do."""
 
     @initialize(
         chosen=policies(),
@@ -27,12 +31,22 @@ class Conversation(RuleBasedStateMachine):
                 AuxCache(attend="cached"),
                 AuxCache(max_revived=1),
                 AuxCache(max_revived=2, revive_every=2),
+                OffloadedAux(),
+                OffloadedAux(where="disk"),
+                QuantizedAux(),
+                QuantizedAux(bits=4, max_revived=1),
+                QuantizedKV(),
+                QuantizedKV(bits=4, attend="cached"),
                 DropCache(),
             ]
         ),
     )
     def start(self, chosen, cache):
-        self.history = new_history(tiny_model("llama"), cache=cache, **chosen)
+        self.histories, self.turn = [new_history(tiny_model("llama"), cache=cache, **chosen)], 0
+
+    @property
+    def history(self) -> History:
+        return self.histories[self.turn]
 
     @rule(step=batches(ROWS, 10))
     def chunk(self, step):
@@ -45,8 +59,11 @@ class Conversation(RuleBasedStateMachine):
     def run(self, ids, real):
         history = self.history
         logits = history.step(ids, real)
+        rounding = rounding_of(history.cache.policy)
         for row in range(ROWS):
-            expected, _ = replay(history.pipe.model, torch.tensor(history.ids[row]), history.steps, row)
+            expected, _ = replay(
+                history.pipe.model, torch.tensor(history.ids[row]), history.steps, row, rounding=rounding
+            )
             held = history.tokens[-1][row]
             got = logits[row, held >= 0]
             reached = ~got.isnan().any(-1)
@@ -90,12 +107,21 @@ class Conversation(RuleBasedStateMachine):
         )
         return LayerEnd(event.layer, event.layers, event.is_prefill, rows)
 
-    @precondition(has_tokens)
+    @precondition(lambda self: self.has_tokens() and len(self.histories) < MOST_FORKS)
     @rule()
-    def continue_on_a_copy(self):
-        original = self.history.cache
-        self.history.cache = original.copy()
-        original.reset()
+    def fork(self):
+        self.histories.append(self.history.fork())
+
+    @precondition(lambda self: len(self.histories) > 1)
+    @rule(turn=st.integers(0, MOST_FORKS - 1))
+    def go_on_with_another(self, turn):
+        self.turn = turn % len(self.histories)
+
+    @rule()
+    def save_and_load(self):
+        history = self.history
+        with TemporaryDirectory() as folder:
+            history.cache = history.pipe.load_cache(history.cache.save(Path(folder) / "a cache"))
 
     @precondition(has_tokens)
     @rule(layer=st.integers(0, LAYERS - 1), step=batches(ROWS, 8))
@@ -137,15 +163,18 @@ class Conversation(RuleBasedStateMachine):
 
     @invariant()
     def ledger_and_stores_agree(self):
-        if not hasattr(self, "history"):
-            return
-        for row, ids in zip(self.history.cache.rows, self.history.ids, strict=True):
+        for history in getattr(self, "histories", []):
+            self.check(history)
+
+    @staticmethod
+    def check(history: History):
+        for row, ids in zip(history.cache.rows, history.ids, strict=True):
             depth = row.ledger.depth
             assert len(row.ledger) == len(ids)
             assert row.ledger.at_depth == torch.bincount(depth, minlength=LAYERS + 1).tolist()
             for layer, store in enumerate(row.stores):
                 assert sorted(store.tokens.tolist()) == torch.nonzero(depth > layer).flatten().tolist()
-            if self.history.cache.policy.revives:
+            if history.cache.policy.revives:
                 assert torch.equal(row.frontier.tokens, torch.nonzero(depth < LAYERS).flatten())
             else:
                 assert len(row.frontier) == 0
@@ -155,5 +184,5 @@ class Conversation(RuleBasedStateMachine):
                 assert not remembered.numel() or memory.gather(remembered).shape[0] == remembered.numel()
 
 
-Conversation.TestCase.settings = settings(stateful_step_count=10)
+Conversation.TestCase.settings = settings(stateful_step_count=12)
 TestConversation = Conversation.TestCase

@@ -1,5 +1,9 @@
 """The Aux Cache's store: where each unfinished token stopped."""
 
+from collections.abc import Mapping
+from copy import copy
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -7,14 +11,33 @@ from torch import Tensor
 class FrontierStore:
     """One hidden state per token with depth < L: the output of its last computed layer (law 3).
 
-    One `[tokens, c]` buffer for the whole row. A token that goes deeper and stops again overwrites
-    its own entry; a finished token frees it.
+    One buffer for the whole row. A token that goes deeper and stops again overwrites its own entry; a finished token
+    frees it. A copy shares the buffer until one of both writes. Subclasses keep states in another form (`pack`,
+    `unpack`) or in another place (`room`).
     """
 
     def __init__(self) -> None:
-        self._states: Tensor | None = None
+        self._packed: Tensor | None = None
+        self._like: Tensor | None = None  # [0, c], with the dtype and the device of the states that come in
+        self._is_own = True
         self._slot: dict[int, int] = {}
         self._free: list[int] = []
+
+    def pack(self, states: Tensor) -> Tensor:
+        """States [a, c] in the form they are kept in, [a, w]."""
+        return states
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        """States [a, c] from that form; `like` [0, c] tells what they were."""
+        return packed
+
+    def room(self, slots: int, like: Tensor) -> Tensor:
+        """Memory [slots, w] for packed states such as those of `like` [0, w].
+
+        Raises:
+            CacheError: when there is none.
+        """
+        return like.new_empty(slots, like.shape[-1])
 
     def __len__(self) -> int:
         return len(self._slot)
@@ -24,32 +47,44 @@ class FrontierStore:
         """[a] the tokens that have an entry, ascending."""
         return torch.tensor(sorted(self._slot), dtype=torch.long)
 
+    def reserve(self, tokens: Tensor, states: Tensor) -> None:
+        """Makes room for states [a, c] of `tokens` [a], so that `put` cannot fail half-way for want of it."""
+        held = len(self._slot) + len(self._free)
+        needed = max(held, len(self._slot) + sum(token not in self._slot for token in tokens.tolist()))
+        before = self._packed
+        if before is None or self._like is None:
+            self._like = states.new_empty(0, states.shape[-1])
+            self._packed = self.room(needed, self.pack(self._like))
+        elif needed > before.shape[0] or not self._is_own:
+            slots = before.shape[0] if needed <= before.shape[0] else max(needed, before.shape[0] * 3 // 2)
+            self._packed = self.room(slots, self.pack(self._like))
+            self._packed[:held] = before[:held]
+        self._is_own = True
+
     def put(self, tokens: Tensor, states: Tensor) -> None:
-        """Writes states [a, c] of `tokens` [a]; an empty store takes the tensor itself."""
-        slots = [self._slot_for(token) for token in tokens.tolist()]
-        if self._states is None:
-            self._states = states
-            return
-        if len(self._slot) + len(self._free) > self._states.shape[0]:
-            self._states = self._grown(self._states)
-        self._states.index_copy_(0, torch.tensor(slots, device=self._states.device), states.to(self._states.device))
+        """Writes states [a, c] of `tokens` [a]."""
+        self.reserve(tokens, states)
+        self._put(tokens, self.pack(states))
+
+    def _put(self, tokens: Tensor, packed: Tensor) -> None:
+        assert self._packed is not None, "room was made"
+        slots = torch.tensor([self._slot_for(token) for token in tokens.tolist()], dtype=torch.long)
+        self._packed.index_copy_(0, slots.to(self._packed.device), packed.to(self._packed.device))
 
     def _slot_for(self, token: int) -> int:
         if token not in self._slot:
             self._slot[token] = self._free.pop() if self._free else len(self._slot)
         return self._slot[token]
 
-    def _grown(self, states: Tensor) -> Tensor:
-        used = len(self._slot) + len(self._free)
-        grown = states.new_empty(max(used, states.shape[0] * 3 // 2), states.shape[-1])
-        grown[: states.shape[0]] = states
-        return grown
-
     def read(self, tokens: Tensor) -> Tensor:
         """States [a, c] of `tokens` [a], each of which must have an entry."""
-        assert self._states is not None, "no token was ever pruned here"
+        assert self._like is not None, "no token was ever pruned here"
+        return self.unpack(self._read(tokens), self._like)
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        assert self._packed is not None, "no token was ever pruned here"
         slots = torch.tensor([self._slot[token] for token in tokens.tolist()], dtype=torch.long)
-        return self._states.index_select(0, slots.to(self._states.device))
+        return self._packed.index_select(0, slots.to(self._packed.device))
 
     def free(self, tokens: Tensor) -> None:
         """Frees the entries of `tokens`, where they have one."""
@@ -59,14 +94,31 @@ class FrontierStore:
         """Frees every entry whose token index is `tokens` or more."""
         self.free(torch.tensor([token for token in self._slot if token >= tokens], dtype=torch.long))
 
-    def copy(self) -> "FrontierStore":
+    def copy(self) -> Self:
         """An independent copy."""
-        twin = type(self)()
-        twin._states = None if self._states is None else self._states.clone()
+        self._is_own = False
+        twin = copy(self)
         twin._slot, twin._free = dict(self._slot), list(self._free)
         return twin
 
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, for a file, as they are kept; none when it is empty."""
+        if self._like is None or not self._slot:
+            return {}
+        return {"tokens": self.tokens, "packed": self._read(self.tokens), "like": self._like}
+
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Takes up what another store's `state` gave; this one must be empty. States are read on `device`."""
+        if state:
+            self.reserve(state["tokens"], state["like"].to(device))
+            self._put(state["tokens"], state["packed"])
+
     @property
     def used_bytes(self) -> int:
-        """Bytes of the entries in use."""
-        return 0 if self._states is None else len(self) * self._states.shape[-1] * self._states.element_size()
+        """Bytes of the entries in use, wherever they are."""
+        return 0 if self._packed is None else len(self) * self._packed.shape[-1] * self._packed.element_size()
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """How many of these bytes are not on the model's device."""
+        return 0

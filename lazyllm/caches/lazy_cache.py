@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from lazyllm.caches.policy import CachePolicy
 from lazyllm.caches.row import PromptMarks, Row, RowMark, token_counts
 from lazyllm.errors import CacheError, InputError
 from lazyllm.indexing import is_ascending
+from lazyllm.models.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,19 @@ class LazyCache(Cache):
             self._decoder = weakref.ref(decoder)
         elif self._decoder() is not decoder:
             raise CacheError("this cache was filled by another model; make one with new_cache() of this pipeline")
+
+    def fingerprint(self) -> str | None:
+        """Of the decoder the cache is bound to; None before its first step.
+
+        Raises:
+            CacheError: when that decoder is gone.
+        """
+        if self._decoder is None:
+            return None
+        decoder = self._decoder()
+        if decoder is None:
+            raise CacheError("the model that filled this cache is gone, so its fingerprint cannot be taken")
+        return fingerprint(decoder)
 
     def open_rows(self, rows: int, layers: int) -> None:
         """Makes the rows at the first step, and checks the batch size at later ones."""
@@ -187,22 +202,56 @@ class LazyCache(Cache):
             taken.add(index)
         self.rows = rows
 
-    def copy(self) -> LazyCache:
-        """An independent copy, bound to the same model."""
+    # -- several of one ----------------------------------------------------------------------------
+
+    def fork(self) -> LazyCache:
+        """A cache that goes on from here by itself, for many replies over one context.
+
+        Both share their tensors until one of them writes; then each K/V store that grows is copied as a whole.
+
+        Raises:
+            CacheError: in the middle of a step.
+        """
+        self._refuse_mid_step()
         twin = LazyCache(self.policy, marks=self.marks)
         twin.rows, twin.columns = [row.copy() for row in self.rows], self.columns
         twin._decoder = self._decoder
         return twin
 
+    def save(self, path: str | Path) -> Path:
+        """Writes the cache to one file in the safetensors format, which `pipe.load_cache` reads.
+
+        What was at `path` before stays until the new file is complete. Takes the bytes of the cache once more in CPU
+        memory while it writes.
+
+        Raises:
+            CacheError: in the middle of a step, when the model is gone, or when the file cannot be written.
+        """
+        from lazyllm.caches.saved import save_cache  # which needs this class
+
+        self._refuse_mid_step()
+        return save_cache(self, path)
+
+    def _refuse_mid_step(self) -> None:
+        if "step" in self._claims:
+            raise CacheError("this cache is in the middle of a step; wait for the step to end")
+
+    # -- what it holds -----------------------------------------------------------------------------
+
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values in use."""
+        """Bytes of keys and values in use, those shared with a fork included."""
         return sum(row.key_value_bytes for row in self.rows)
 
     @property
     def aux_bytes(self) -> int:
         """Bytes of frontier states, and of states a scorer looks back on."""
         return sum(row.aux_bytes for row in self.rows)
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """How many of the `aux_bytes` are not on the model's device, but in CPU memory or on the disk."""
+        return sum(row.offloaded_bytes for row in self.rows)
 
     def __repr__(self) -> str:
         tokens = [len(row.ledger) for row in self.rows]
@@ -258,6 +307,12 @@ class LayerView:
         ]
         return piece
 
+    def peeking(self) -> LayerView:
+        """The same view, which stores nothing: `update` writes to copies."""
+        peeking = copy(self)
+        peeking._stores = [store.copy() for store in self._stores]
+        return peeking
+
     @property
     def copies(self) -> bool:
         """Whether `update` copies what it is given, and keeps no reference to it."""
@@ -295,7 +350,7 @@ class LayerView:
     def _update_row(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         store = self._stores[row]
         store.append(self.todo[row], keys, values)
-        if not self._held[row] and self._attends_all[row]:
+        if not self._held[row] and self._attends_all[row] and store.is_exact:
             return keys, values
         if not self._attends_all[row] or self._reorders(row):
             return store.gather(self.attended(row))

@@ -1,5 +1,7 @@
 """The depth of every token: the one piece of bookkeeping the laws are about."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -87,14 +89,23 @@ class Ledger:
         """Writes the depth of the tokens that went through the latest layers together."""
         if self._running is not None:
             (tokens, layers), self._running = self._running, None
-            self._depth.read()[tokens] = layers
+            self._depth.writable()[tokens] = layers
+
+    def retreat(self, tokens: Tensor, layer: int) -> None:
+        """Sets `tokens`, all of them deeper, back to where they wait for `layer`."""
+        self._settle()
+        depth = self._depth.writable()
+        for reached, count in zip(*(part.tolist() for part in depth[tokens].unique(return_counts=True)), strict=True):
+            self.at_depth[reached] -= count
+        self.at_depth[layer] += tokens.numel()
+        depth[tokens] = layer
 
     def restore(self, depth: Tensor) -> None:
         """Goes back to an earlier `depth` [t], forgetting the tokens that came later."""
         self._running = None
         for buffer in self._buffers:
             buffer.truncate(depth.numel())
-        self.depth.copy_(depth)
+        self._depth.writable().copy_(depth)
         self.at_depth = torch.bincount(depth, minlength=self.layers + 1).tolist()
         self.knows_ids = bool((self.token_id >= 0).all())
 
@@ -105,3 +116,12 @@ class Ledger:
         twin._depth, twin._position, twin._column, twin._token_id = (buffer.copy() for buffer in self._buffers)
         twin.at_depth, twin.knows_ids = list(self.at_depth), self.knows_ids
         return twin
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, for a file."""
+        return {"depth": self.depth, "position": self.position, "column": self.column, "token_id": self.token_id}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up what another ledger's `state` gave; this one must be empty."""
+        self.append(state["position"], state["column"], state["token_id"])
+        self.restore(state["depth"])

@@ -1,4 +1,6 @@
-"""Hidden states a scorer looks back on."""
+"""States and other features of tokens that are looked back on."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from lazyllm.indexing import GrowingBuffer, is_ascending, locate
 
 
 class StateMemory:
-    """Hidden states of one row's tokens after one layer, in the order they were computed there."""
+    """One vector for each of a row's tokens, its hidden state after one layer or another, in order of computation."""
 
     def __init__(self) -> None:
         self._states, self._tokens = GrowingBuffer(0), GrowingBuffer(0)
@@ -36,7 +38,14 @@ class StateMemory:
 
     def crop(self, tokens: int) -> None:
         """Forgets every token whose index is `tokens` or more."""
-        slots = torch.nonzero(self._tokens.read() < tokens).squeeze(-1)
+        self._keep(self._tokens.read() < tokens)
+
+    def forget(self, tokens: Tensor) -> None:
+        """Forgets `tokens` [f], where they were remembered."""
+        self._keep(~torch.isin(self._tokens.read(), tokens))
+
+    def _keep(self, kept: Tensor) -> None:
+        slots = torch.nonzero(kept).squeeze(-1)
         if slots.numel() < len(self):
             self._tokens.keep(slots)
             self._states.keep(slots)
@@ -51,3 +60,12 @@ class StateMemory:
     def used_bytes(self) -> int:
         """Bytes of the states in use."""
         return self._states.used_bytes
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, for a file; none when it is empty."""
+        return {"tokens": self._tokens.read(), "states": self._states.read()} if len(self) else {}
+
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Takes up what another memory's `state` gave; this one must be empty."""
+        if state:
+            self.append(state["tokens"], state["states"].to(device))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lazyllm.caches.ledger import Ledger
 from lazyllm.caches.memory import StateMemory
 from lazyllm.caches.policy import CachePolicy
+from lazyllm.policies.protect import no_tokens
 from lazyllm.policies.query import TokenRange, Unit
 
 
@@ -39,6 +42,8 @@ class RowMark:
     depth: Tensor
     stored: list[int]
     remembered: dict[int, int]
+    origins: int
+    tallies: dict[tuple[str, int], Tensor]
     reply_start: int
     last_output: Tensor | None
 
@@ -50,7 +55,11 @@ class Row:
         ledger: depth and position of every token.
         stores: K/V, one store per layer.
         frontier: hidden states of the unfinished tokens.
-        memories: by layer, hidden states the scorer looks back on; -1 is before the first.
+        memories: by layer, what the scorer looks back on; -1 is before the first.
+        origins: hidden states to which tokens may be sent back, where the policy does so.
+        last_used: [t] number of the latest step in which each token was visible at the last layer, where that is asked.
+        retreated: layer-tokens whose K/V were given up; computing them again is work done twice.
+        tallies: by use and layer, sums [t] a scorer has added up over steps; replaced as a whole, never written to.
         marks: protected and query tokens of the prompt.
         reply_start: index of the first token that came after the last prefill step.
         last_output: [c] output of the last layer for the row's last token.
@@ -61,6 +70,10 @@ class Row:
         self.stores = [policy.new_store() for _ in range(layers)]
         self.frontier = policy.new_frontier()
         self.memories: dict[int, StateMemory] = {}
+        self.tallies: dict[tuple[str, int], Tensor] = {}
+        self.origins = StateMemory()
+        self.last_used = no_tokens()
+        self.retreated = 0
         self.marks = marks
         self.reply_start = 0
         self.last_output: Tensor | None = None
@@ -69,11 +82,51 @@ class Row:
         """The states remembered after `layer`; made at the first call."""
         return self.memories.setdefault(layer, StateMemory())
 
+    def add_to_tally(self, key: tuple[str, int], tokens: Tensor, amounts: Tensor) -> None:
+        """Adds amounts [k] to the sums of `tokens` [k]."""
+        before = self.tallies.get(key, amounts.new_zeros(0))
+        padded = pad(before, (0, len(self.ledger) - before.numel()))
+        self.tallies[key] = padded.index_add(0, tokens, amounts)
+
+    def use(self, tokens: Tensor) -> None:
+        """Notes that `tokens` were visible at the last layer of the step that ends now."""
+        now = int(self.last_used.max()) + 1 if self.last_used.numel() else 0
+        used = pad(self.last_used, (0, len(self.ledger) - self.last_used.numel()), value=now - 1)
+        self.last_used = used.index_fill(0, tokens, now)
+
+    def retreat(self, most: int, layer: int, sinks: int) -> None:
+        """Sends the tokens used longest ago back to `layer`, of equals the earlier, until at most `most` are deeper."""
+        depth = self.ledger.depth
+        deep = torch.nonzero(depth > layer).squeeze(-1)
+        free = deep[deep >= sinks]
+        excess = min(deep.numel() - most, free.numel())
+        if excess <= 0:
+            return
+        back = free[self.last_used[free].argsort(stable=True)[:excess]].sort().values
+        self.retreated += int(depth[back].sum()) - back.numel() * layer
+        unfinished = back[depth[back] < self.ledger.layers]
+        self.frontier.free(unfinished)
+        self.frontier.put(back, self.origins.gather(back).clone())
+        for store in self.stores[layer:]:
+            store.keep(torch.nonzero(~torch.isin(store.tokens, back)).squeeze(-1))
+        for after, memory in self.memories.items():
+            if after >= layer:
+                memory.forget(back)
+        self.ledger.retreat(back, layer)
+
     def mark(self) -> RowMark:
         """The present state, for `restore`."""
         stored = [len(store) for store in self.stores]
         remembered = {layer: len(memory) for layer, memory in self.memories.items()}
-        return RowMark(self.ledger.depth.clone(), stored, remembered, self.reply_start, self.last_output)
+        return RowMark(
+            self.ledger.depth.clone(),
+            stored,
+            remembered,
+            len(self.origins),
+            dict(self.tallies),
+            self.reply_start,
+            self.last_output,
+        )
 
     def restore(self, mark: RowMark) -> None:
         """Goes back to `mark`; K/V and depths written since are forgotten."""
@@ -82,6 +135,8 @@ class Row:
             store.truncate(length)
         for layer, memory in self.memories.items():
             memory.truncate(mark.remembered.get(layer, 0))
+        self.origins.truncate(mark.origins)
+        self.tallies = dict(mark.tallies)
         self.reply_start, self.last_output = mark.reply_start, mark.last_output
 
     def crop(self, columns: int) -> None:
@@ -92,22 +147,68 @@ class Row:
         self.ledger.restore(self.ledger.depth[:tokens].clone())
         for store in self.stores:
             store.crop(tokens)
-        for memory in self.memories.values():
+        for memory in (*self.memories.values(), self.origins):
             memory.crop(tokens)
+        self.last_used = self.last_used[:tokens]
+        self.tallies = {key: tally[:tokens] for key, tally in self.tallies.items()}
         self.frontier.crop(tokens)
         self.reply_start = min(self.reply_start, tokens)
         self.last_output = None
 
     def copy(self) -> Row:
-        """An independent copy."""
+        """An independent copy; both share their tensors until one of them writes."""
         twin: Row = object.__new__(Row)
         twin.ledger = self.ledger.copy()
         twin.stores = [store.copy() for store in self.stores]
         twin.frontier = self.frontier.copy()
         twin.memories = {layer: memory.copy() for layer, memory in self.memories.items()}
+        twin.origins, twin.last_used, twin.retreated = self.origins.copy(), self.last_used, self.retreated
+        twin.tallies = dict(self.tallies)
         twin.marks, twin.reply_start = self.marks, self.reply_start
         twin.last_output = self.last_output
         return twin
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, `part.name`, for a file."""
+        parts = {
+            "ledger": self.ledger.state(),
+            "frontier": self.frontier.state(),
+            **{f"layer{layer}": store.state() for layer, store in enumerate(self.stores)},
+            **{f"memory{layer}": memory.state() for layer, memory in self.memories.items()},
+            "origins": self.origins.state(),
+            "tallies": {f"{use}.{layer}": tally for (use, layer), tally in self.tallies.items()},
+            "row": {"last_used": self.last_used},
+        }
+        if self.last_output is not None:
+            parts["row"]["last_output"] = self.last_output
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], devices: Sequence[torch.device]) -> None:
+        """Takes up what another row's `state` gave; this one must be empty.
+
+        Args:
+            state: tensors by name, on the host.
+            devices: by layer, where it runs.
+        """
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in state.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        self.ledger.load_state(parts["ledger"])
+        self.frontier.load_state(parts["frontier"], devices[0])
+        for layer, store in enumerate(self.stores):
+            store.load_state(parts[f"layer{layer}"], devices[layer])
+        for part, tensors in parts.items():
+            if part.startswith("memory"):
+                layer = int(part.removeprefix("memory"))
+                self.memory(layer).load_state(tensors, devices[max(layer, 0)])
+        self.origins.load_state(parts["origins"], devices[0])
+        for key, tally in parts["tallies"].items():
+            use, _, at = key.rpartition(".")
+            self.tallies[use, int(at)] = tally
+        self.last_used = parts["row"]["last_used"]
+        if "last_output" in parts["row"]:
+            self.last_output = parts["row"]["last_output"].to(devices[-1])
 
     @property
     def key_value_bytes(self) -> int:
@@ -116,8 +217,14 @@ class Row:
 
     @property
     def aux_bytes(self) -> int:
-        """Bytes of the frontier states, and of the states the scorer looks back on."""
-        return self.frontier.used_bytes + sum(memory.used_bytes for memory in self.memories.values())
+        """Bytes of the frontier states, and of states that are looked back on."""
+        memories = (*self.memories.values(), self.origins)
+        return self.frontier.used_bytes + sum(memory.used_bytes for memory in memories)
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """How many of these bytes are not on the model's device."""
+        return self.frontier.offloaded_bytes
 
 
 def token_counts(tokens: list[Tensor]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.row import Row, same_tokens, token_counts
 from lazyllm.errors import InputError
+from lazyllm.policies.base import layer_number
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Step:
         self._read_last = read_last
         self._parked: list[Parked] = []
         self._revived: list[list[Tensor]] = [[] for _ in self.rows]
+        self._evicted: list[tuple[int, int, Tensor]] = []
         self._real = self._real_columns(padding)
         self.states = self._pack(hidden)
         self.new = self._append(self._row_positions(position_ids), token_ids)
@@ -101,6 +103,9 @@ class Step:
         self.reached = 0
         self._visible: list[Tensor] | None = None
         self._received: Tensor | None = None
+        retreat = cache.policy.retreat
+        layers = self.rows[0].ledger.layers
+        self._retreat_layer = None if retreat is None else layer_number(retreat.layer, layers, owner=cache.policy)
         self.selects = self._selects()
         self.most_revived = None if self.is_prefill else cache.policy.most_revived
 
@@ -197,10 +202,29 @@ class Step:
             return states
         revived = ~torch.isin(todo, flight, assume_unique=True)
         self._revived[row].append(todo[revived])
+        return self._with_revived(row, todo, states, revived)
+
+    def _with_revived(self, row: int, todo: Tensor, states: Tensor, revived: Tensor) -> Tensor:
+        """States [t, c] of `todo`, given those of the tokens that are not `revived` [t]."""
         merged = states.new_empty(todo.numel(), states.shape[-1])
         merged[(~revived).to(states.device)] = states
         merged[revived.to(states.device)] = self.rows[row].frontier.read(todo[revived]).to(states)
         return merged
+
+    def peek(self, visible: list[Tensor], layer: int) -> tuple[list[Tensor], Tensor]:
+        """What `layer` would compute were all of `visible` to enter it: by row the tokens, and their states [1, t, c].
+
+        To be asked between the layer before and `layer`; changes nothing.
+        """
+        todo = [row.ledger.ready(tokens, layer) for row, tokens in zip(self.rows, visible, strict=True)]
+        packed = self.states[0].split(token_counts(self.flight))
+        return todo, torch.cat([self._peek_row(row, todo[row], states) for row, states in enumerate(packed)])[None]
+
+    def _peek_row(self, row: int, todo: Tensor, states: Tensor) -> Tensor:
+        goes_on = torch.isin(self.flight[row], todo, assume_unique=True)
+        revived = ~torch.isin(todo, self.flight[row], assume_unique=True)
+        states = states[goes_on.to(states.device)]
+        return self._with_revived(row, todo, states, revived) if bool(revived.any()) else states
 
     def any_stopped(self, row: int, layer: int) -> bool:
         """Whether tokens of a row stopped just before `layer` in an earlier step."""
@@ -230,9 +254,10 @@ class Step:
         """How many older tokens of a row this step has revived so far."""
         return sum(tokens.numel() for tokens in self._revived[row])
 
-    def positions(self) -> Tensor:
-        """Positions [1, t] of the packed tokens in flight."""
-        parts = [positions[tokens] for positions, tokens in zip(self.token_positions, self.flight, strict=True)]
+    def positions(self, todo: list[Tensor] | None = None) -> Tensor:
+        """Positions [1, t] of the packed tokens in flight, or of others."""
+        tokens = self.flight if todo is None else todo
+        parts = [positions[row] for positions, row in zip(self.token_positions, tokens, strict=True)]
         return torch.cat(parts)[None].to(self.states.device)
 
     def view(self, layer: int, visible: list[Tensor]) -> LayerView:
@@ -256,6 +281,15 @@ class Step:
         self.reached = layer + 1
         for row, tokens in zip(self.rows, self.flight, strict=True):
             row.ledger.advance(tokens, layer)
+        if layer + 1 == self._retreat_layer:
+            for row, tokens, states in zip(
+                self.rows, self.flight, self.states[0].split(token_counts(self.flight)), strict=True
+            ):
+                row.origins.append(tokens, states)
+
+    def evict(self, row: int, layer: int, slots: Tensor) -> None:
+        """Says that of a row's store at `layer` only `slots` are to stay once the step is done."""
+        self._evicted.append((row, layer, slots))
 
     def read_range(self, row: int) -> tuple[int, int]:
         """Token range of the row whose logits the caller asked for by number (never pruned)."""
@@ -318,7 +352,11 @@ class Step:
                 )
 
     def commit(self) -> None:
-        """Makes the step's effect on the frontier states final."""
+        """Makes the step's effect on the frontier states final; what may fail for want of room comes first."""
+        if self.cache.policy.revives:
+            for index, row in enumerate(self.rows):
+                if stopped := [parked for parked in self._parked if parked.row == index]:
+                    row.frontier.reserve(torch.cat([parked.tokens for parked in stopped]), stopped[0].states)
         for row, revived in zip(self.rows, self._revived, strict=True):
             for tokens in revived:
                 row.frontier.free(tokens)
@@ -326,3 +364,17 @@ class Step:
             while self._parked:
                 parked = self._parked.pop(0)
                 self.rows[parked.row].frontier.put(parked.tokens, parked.states)
+        for index, layer, slots in self._evicted:
+            self.rows[index].stores[layer].keep(slots)
+        if self._retreat_layer is not None:
+            self._retreat()
+
+    def _retreat(self) -> None:
+        """Sends the tokens used longest ago back to an early layer, where more are deep than the cache may hold."""
+        retreat = self.cache.policy.retreat
+        assert retreat is not None
+        assert self._retreat_layer is not None
+        assert self._visible is not None
+        for row, visible in zip(self.rows, self._visible, strict=True):
+            row.use(visible)
+            row.retreat(retreat.most_tokens, self._retreat_layer, retreat.sinks)

@@ -1,5 +1,9 @@
 """Keys and values of one row at one layer, for the tokens that were computed there and no others."""
 
+from collections.abc import Mapping
+from copy import copy
+from typing import ClassVar, Self
+
 import torch
 from torch import Tensor
 
@@ -10,8 +14,13 @@ class KeyValueStore:
     """Compact K/V: slot s holds the s-th token computed at this layer.
 
     After a prefill the slots are in order of position; a revived token is appended, so storage order
-    says nothing and positions decide (law 8).
+    says nothing and positions decide (law 8). A copy shares the memory until one of both writes.
+
+    Attributes:
+        is_exact: whether what is read is what was stored, number for number.
     """
+
+    is_exact: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._keys, self._values = GrowingBuffer(2), GrowingBuffer(2)
@@ -34,6 +43,10 @@ class KeyValueStore:
 
     def append(self, tokens: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values [1, g, t, d] of `tokens` [t]."""
+        self._append(tokens, keys, values)
+
+    def _append(self, tokens: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores them in the form in which they are given."""
         self._tokens.append(tokens)
         self._keys.append(keys)
         self._values.append(values)
@@ -44,7 +57,7 @@ class KeyValueStore:
 
     def gather(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [1, g, v, d] of `tokens` [v], in that order."""
-        keys, values = self.read()
+        keys, values = self._keys.read(), self._values.read()
         slots = locate(self.tokens, tokens).to(keys.device)
         return keys.index_select(2, slots), values.index_select(2, slots)
 
@@ -67,11 +80,22 @@ class KeyValueStore:
         self._keys.keep(slots)
         self._values.keep(slots)
 
-    def copy(self) -> "KeyValueStore":
+    def copy(self) -> Self:
         """An independent copy."""
-        twin = type(self)()
+        twin = copy(self)
         twin._keys, twin._values, twin._tokens = self._keys.copy(), self._values.copy(), list(self._tokens)
         return twin
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name, for a file, as they are stored; none when it is empty."""
+        if not len(self):
+            return {}
+        return {"tokens": self.tokens, "keys": self._keys.read(), "values": self._values.read()}
+
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Takes up what another store's `state` gave; this one must be empty."""
+        if state:
+            self._append(state["tokens"], state["keys"].to(device), state["values"].to(device))
 
     @property
     def used_bytes(self) -> int:

@@ -14,7 +14,7 @@ from lazyllm.costs.device import Device
 from lazyllm.costs.shape import Matrix, ModelShape
 from lazyllm.errors import InputError
 from lazyllm.models.flops import causal_pairs
-from lazyllm.policies.base import Keep, Phase, tokens_of
+from lazyllm.policies.base import Keep, Phase, Scorer, layer_number, tokens_of
 from lazyllm.policies.query import query_tokens
 from lazyllm.policies.select import Selector
 
@@ -268,11 +268,13 @@ def _shares(cuts: Mapping[int, Keep], kept: Mapping[int, float]) -> dict[int, fl
     return {layer: kept.get(layer, share) for layer, share in assumed.items()}
 
 
-def _protected(config: LazyConfig, tokens: int, asked: bool) -> int:
-    """How many tokens of a prompt are never pruned; what only its text could tell is not counted."""
+def _protected(config: LazyConfig, tokens: int, asked: bool, scorer: Scorer | None = None) -> int:
+    """How many tokens of a prompt a scorer, by default the configuration's, never gets to judge; what only the text
+    could tell is not counted.
+    """
     everything = torch.arange(tokens)
     mask = config.protect.mask(everything, tokens, tokens, [], asked=asked)
-    query = config.scorer.reads_query
+    query = (scorer or config.scorer).reads_query
     if query is not None:
         mask[query_tokens("auto" if isinstance(query, str) else query, [], tokens, rolling=False)] = True
     return int(mask.sum())
@@ -336,10 +338,30 @@ class _Model:
         """Of the configuration; its cache keeps and reads all tokens computed at a layer, whatever the window."""
         flow = self.flow(tokens)
         prefill = self._prefill(flow.entering) + self._pruning(flow)
-        aux = (self._waiting(flow) + flow.remembered) * self.shape.hidden * self.device.value_bytes
-        scratch = max(flow.ranked.values(), default=0) * 3 * SCORE_BYTES * self.shape.hidden
-        scratch *= self.config.scorer.needs_memory
-        return self._cost(flow.entering, flow.entering, aux, prefill, self._decode(tokens, flow), scratch)
+        scorer, hidden = self.config.scorer, self.shape.hidden
+        states = self._waiting(flow) + self._origins(flow)
+        aux = (states * hidden + flow.remembered * scorer.remembered_values(hidden)) * self.device.value_bytes
+        scratch = max(flow.ranked.values(), default=0) * 3 * SCORE_BYTES * scorer.remembered_values(hidden)
+        return self._cost(flow.entering, self._held(flow), aux, prefill, self._decode(tokens, flow), scratch)
+
+    def _held(self, flow: Flow) -> list[int]:
+        """By layer, how many tokens have K/V after a prefill: those that entered it, up to the cache's budget."""
+        cache, held = self.config.cache, list(flow.entering)
+        if cache.eviction is not None:
+            protected = _protected(self.config, flow.tokens, self.asked, cache.eviction.scorer)
+            most = max(cache.eviction.most_tokens(flow.tokens), protected)
+            held = [min(count, most) for count in held]
+        if cache.retreat is not None:
+            first = layer_number(cache.retreat.layer, len(held), owner=cache)
+            held[first:] = [min(count, cache.retreat.most_tokens) for count in held[first:]]
+        return held
+
+    def _origins(self, flow: Flow) -> int:
+        """States kept of tokens that may be sent back to an early layer."""
+        retreat = self.config.cache.retreat
+        if retreat is None:
+            return 0
+        return flow.entering[layer_number(retreat.layer, len(flow.entering), owner=self.config.cache) - 1]
 
     def pays(self, tokens: int) -> bool:
         """Whether the first token comes sooner than from the unmodified model."""
@@ -361,10 +383,12 @@ class _Model:
 
     def notes(self) -> tuple[str, ...]:
         """What the numbers leave out."""
-        cache = self.config.cache
+        cache, notes = self.config.cache, []
         if cache.prunes and cache.most_revived is None and self._selecting_share():
-            return ("tokens that decode steps revive are not counted: this cache does not bound them",)
-        return ()
+            notes.append("tokens that decode steps revive are not counted: this cache does not bound them")
+        if self.config.scorer.reads_models:
+            notes.append("the work of the language model that reads the prompt for the scorer is not counted")
+        return tuple(notes)
 
     def _cost(
         self,
@@ -404,7 +428,7 @@ class _Model:
     def _decode(self, tokens: int, flow: Flow) -> Seconds:
         """Some steps select anew; its cost is spread over all."""
         share = self._selecting_share()
-        step = self._step(1 + share * (self.config.cache.most_revived or 0), flow.entering)
+        step = self._step(1 + share * (self.config.cache.most_revived or 0), self._held(flow))
         ranked = self.flow(tokens, is_prefill=False).ranked.values() if share else ()
         return step + Seconds(scoring=share * sum(map(self._ranking, ranked)))
 
@@ -452,7 +476,7 @@ class _Model:
 
     def _waiting(self, flow: Flow) -> int:
         """Tokens whose frontier state is kept after a prefill."""
-        return flow.tokens - flow.entering[-1] if self.config.cache.revives else 0
+        return flow.tokens - self._held(flow)[-1] if self.config.cache.revives else 0
 
     def _pruning(self, flow: Flow) -> Seconds:
         """Ranking at every cut, and parking what does not go on."""
@@ -462,10 +486,11 @@ class _Model:
     def _ranking(self, tokens: int) -> float:
         """Seconds of one cut: comparing `tokens` with the query, moving their states, ordering the scores."""
         shape, device, queries = self.shape, self.device, self.config.scorer.compares
-        width = shape.hidden if self.config.scorer.needs_memory else shape.heads * shape.head_dim
+        remembered = self.config.scorer.remembered_values(shape.hidden)
+        width = remembered or shape.heads * shape.head_dim
         operations = 2 * queries * tokens * width / device.linear.at(tokens, sqrt(max(1, queries) * width))
         moved = tokens * (GATHER_PASSES * shape.hidden + MATCH_PASSES * queries) * SCORE_BYTES
-        standardised = tokens * shape.hidden * SCORE_BYTES * self.config.scorer.needs_memory
+        standardised = tokens * remembered * SCORE_BYTES
         host = device.cut_seconds + tokens * device.ranked_token_seconds
         moving = moved / device.moving.at(tokens, shape.hidden) + standardised / device.standardising
         return operations + moving + host

@@ -290,8 +290,11 @@ def preset_config(name: str) -> LazyConfig:
 
 
 def default_presets() -> list[str]:
-    """Every shipped preset, and the paper's without selection in decode."""
-    return [*preset_names(), f"paper {PREFILL_ONLY}"]
+    """Every shipped preset that needs no language model to read the prompt first, and the paper's without selection in
+    decode.
+    """
+    names = [name for name in preset_names() if not LazyConfig.preset(name).scorer.reads_models]
+    return [*names, f"paper {PREFILL_ONLY}"]
 
 
 def timed_runs(model: PreTrainedModel, presets: Sequence[str]) -> list[TimedRun]:

@@ -77,6 +77,10 @@ class Line:
         speedup: TTFT of the unmodified model over this one's, median of the items' ratios (bootstrap interval).
         agreement: share of reply tokens equal to the unmodified model's, up to the shorter reply.
         computed_fraction: layer-tokens computed in prefill, of all.
+        recall: share of the evidence that has K/V at the last layer after the prefill; None for tasks without evidence,
+            here and below for verdicts that did not note it.
+        decode_speedup: time per output token of the unmodified model over this one's, as for the TTFT.
+        memory: K/V and waiting states at the end, of the unmodified model's K/V.
     """
 
     task: str
@@ -91,6 +95,9 @@ class Line:
     speedup: Effect
     agreement: float
     computed_fraction: float
+    recall: float | None = None
+    decode_speedup: Effect | None = None
+    memory: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -167,11 +174,10 @@ def compare(verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> list[Lin
 
 
 def _line(task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict]) -> Line:
-    losses = np.array([(one.loss, other.loss) for one, other in zip(mine, stock, strict=True)])
-    ratios = np.array([other.ttft_seconds / one.ttft_seconds for one, other in zip(mine, stock, strict=True)])
-    scored = [
-        (one.is_right, other.is_right) for one, other in zip(mine, stock, strict=True) if one.is_right is not None
-    ]
+    pairs = list(zip(mine, stock, strict=True))
+    losses = np.array([(one.loss, other.loss) for one, other in pairs])
+    ratios = np.array([other.ttft_seconds / one.ttft_seconds for one, other in pairs])
+    scored = [(one.is_right, other.is_right) for one, other in pairs if one.is_right is not None]
     won = sum(bool(one) and not other for one, other in scored)
     lost = sum(bool(other) and not one for one, other in scored)
     return Line(
@@ -185,9 +191,28 @@ def _line(task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict
         loss=float(losses[:, 0].mean()),
         loss_change=_mean_interval(losses[:, 0] - losses[:, 1]),
         speedup=_median_interval(ratios),
-        agreement=float(np.mean([_agreement(one.reply, other.reply) for one, other in zip(mine, stock, strict=True)])),
+        agreement=float(np.mean([_agreement(one.reply, other.reply) for one, other in pairs])),
         computed_fraction=float(np.mean([one.computed_fraction for one in mine])),
+        recall=_mean([one.recall for one in mine]),
+        decode_speedup=_paired_speedup([(one.step_seconds, other.step_seconds) for one, other in pairs]),
+        memory=_mean([_ratio(one.cache_bytes, other.cache_bytes) for one, other in pairs]),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def _paired_speedup(seconds: Sequence[tuple[float | None, float | None]]) -> Effect | None:
+    """Median of the other's time over one's own, where both are known."""
+    ratios = [ratio for own, other in seconds if (ratio := _ratio(other, own)) is not None]
+    return _median_interval(np.array(ratios)) if ratios else None
 
 
 def _mean_interval(changes: Any) -> Effect:

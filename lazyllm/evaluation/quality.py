@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -49,6 +51,10 @@ class Verdict:
         is_right: whether it holds an accepted answer, None for tasks that have none.
         ttft_seconds: the prefill's time.
         computed_fraction: layer-tokens the prefill computed, of all.
+        recall: share of the evidence's tokens that have K/V at the last layer after the prefill; None where an item
+            names no evidence, here and below for what was not noted.
+        step_seconds: median time of the steps that force the reference.
+        cache_bytes: K/V and waiting states at the end.
     """
 
     reference: list[int]
@@ -58,6 +64,9 @@ class Verdict:
     is_right: bool | None
     ttft_seconds: float
     computed_fraction: float
+    recall: float | None = None
+    step_seconds: float | None = None
+    cache_bytes: int | None = None
 
 
 class _Stop(Exception):
@@ -87,7 +96,7 @@ def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
     if not item.evidence:
         raise InputError(f"an item of task {item.task!r} names no evidence")
     encoded = pipe.encode(item.prompt)
-    wanted = torch.cat([torch.arange(*span) for span in pipe.find(item.prompt, item.evidence)]).unique()
+    wanted = _evidence(pipe, item)
     spy = _VisibleAt(layer)
     try:
         with torch.no_grad(), pipe.attached(callbacks=[spy]) as model:
@@ -97,6 +106,11 @@ def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
     assert spy.visible is not None
     there = torch.isin(wanted, spy.visible).double().mean()
     return Recall(layer, float(there), spy.visible.numel() / len(encoded.token_ids))
+
+
+def _evidence(pipe: LazyPipeline, item: Item) -> Tensor:
+    """The tokens [e] of an item's evidence."""
+    return torch.cat([torch.arange(*span) for span in pipe.find(item.prompt, item.evidence)]).unique()
 
 
 class Contender:
@@ -156,6 +170,7 @@ def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None =
         logits = _first_logits(model, cache, encoded)
         first = int(logits.argmax())
         ttft = time.perf_counter() - started
+        recall = _recall(contender.pipe, item, cache)
         if item.follow_up:
             logits, first = _second_turn(contender, model, cache, encoded, first, item)
         if item.said:
@@ -163,10 +178,30 @@ def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None =
             first = int(logits.argmax())
         reply = _greedy(model, copy.deepcopy(cache), first, tokenizer, item)
         forced = forced or reply
-        loss = _forced_loss(model, cache, logits, forced)
+        clock: list[float] = []
+        loss = _forced_loss(model, cache, logits, forced, clock)
+        held = _held_bytes(cache)
     text = str(tokenizer.decode(reply, skip_special_tokens=True)).strip()
     right = item.is_right(text) if item.answers else None
-    return Verdict(forced, loss, reply, text, right, ttft, counter.share(len(encoded.token_ids)))
+    step_seconds = median(after - before for before, after in pairwise(clock)) if len(clock) > 1 else None
+    share = counter.share(len(encoded.token_ids))
+    return Verdict(forced, loss, reply, text, right, ttft, share, recall, step_seconds, held)
+
+
+def _recall(pipe: LazyPipeline, item: Item, cache: Any) -> float | None:
+    """Share of the evidence's tokens that have K/V at the last layer; the unmodified model has all."""
+    if not item.evidence:
+        return None
+    if not isinstance(cache, LazyCache):
+        return 1.0
+    return float(torch.isin(_evidence(pipe, item), cache.rows[0].stores[-1].tokens).double().mean())
+
+
+def _held_bytes(cache: Any) -> int:
+    """Bytes of K/V and of waiting states."""
+    if isinstance(cache, LazyCache):
+        return cache.kv_bytes + cache.aux_bytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def _second_turn(
@@ -256,9 +291,16 @@ def _forced(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> It
     yield logits
 
 
-def _forced_loss(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> float:
-    before = zip(tokens, _forced(model, cache, logits, tokens), strict=True)
-    return -sum(float(logits.float().log_softmax(-1)[token]) for token, logits in before) / len(tokens)
+def _forced_loss(
+    model: Any, cache: Any, logits: Tensor, tokens: Sequence[int], clock: list[float] | None = None
+) -> float:
+    """Mean negative log-likelihood of the tokens; `clock` gets the time at which each was judged."""
+    total = 0.0
+    for token, before in zip(tokens, _forced(model, cache, logits, tokens), strict=True):
+        total -= float(before.float().log_softmax(-1)[token])
+        if clock is not None:
+            clock.append(time.perf_counter())
+    return total / len(tokens)
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:

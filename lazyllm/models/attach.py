@@ -36,12 +36,14 @@ def attached(
     stack = LazyStack(contract, selector, callbacks, missing, chunk, run)
     stack.training = model.training  # of the stack alone: its layers stay as they are
     hook = model.register_forward_pre_hook(_note_call(stack), with_kwargs=True)
+    decoder = cast(Any, contract.decoder)
+    before = decoder.layers
     with lazy_attention(contract):
-        cast(Any, contract.decoder).layers = nn.ModuleList([stack])
+        decoder.layers = nn.ModuleList([stack])
         try:
             yield stack
         finally:
-            cast(Any, contract.decoder).layers = contract.layers
+            decoder.layers = before
             hook.remove()
 
 

@@ -23,6 +23,9 @@ ATTENTION_NAME = "lazyllm"
 FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 KERNELS = ("sdpa", "eager", *FLASH_KERNELS)
 
+BLOCK = 256
+"""Queries whose attention is written down at once."""
+
 Kernel = Callable[..., tuple[Tensor, Any]]
 
 
@@ -36,6 +39,7 @@ class AttentionInputs:
         keys: [g, k, d] of the attended tokens, in storage order.
         key_tokens: [k] which tokens these are.
         key_positions: [k] their positions.
+        values: [g, k, d] their values.
         scaling: factor on the dot products.
         softcap: tanh cap on the logits, None = none.
         window: sliding window in positions, None = full attention.
@@ -47,6 +51,7 @@ class AttentionInputs:
     keys: Tensor
     key_tokens: Tensor
     key_positions: Tensor
+    values: Tensor
     scaling: float
     softcap: float | None
     window: int | None
@@ -54,17 +59,34 @@ class AttentionInputs:
 
     def probabilities(self, last: int) -> Tensor:
         """Attention [h, q, k] in float32 (float64 stays) of the `last` queries; O(last * k), never N x N."""
-        last = min(last, self.queries.shape[1])
-        queries = rearrange(self.queries[:, -last:], "(g n) q d -> g (n q) d", g=self.keys.shape[0])
+        queries = self.queries.shape[1]
+        return self._probabilities(max(0, queries - last), queries)
+
+    def received(self, last: int | None = None) -> Tensor:
+        """Attention [h, k] that each key gets from the `last` queries, or from all, summed over them.
+
+        Goes through the queries in blocks: as many pairs as attention itself, but O(block * k) memory.
+        """
+        queries = self.queries.shape[1]
+        first = 0 if last is None else max(0, queries - last)
+        blocks = [(start, min(start + BLOCK, queries)) for start in range(first, queries, BLOCK)]
+        total = self._probabilities(*blocks[0]).sum(1)
+        for block in blocks[1:]:
+            total += self._probabilities(*block).sum(1)
+        return total
+
+    def _probabilities(self, start: int, stop: int) -> Tensor:
+        """Attention [h, q, k] of the queries from `start` to `stop`."""
+        queries = rearrange(self.queries[:, start:stop], "(g n) q d -> g (n q) d", g=self.keys.shape[0])
         logits = torch.matmul(queries, self.keys.transpose(1, 2))
-        logits = rearrange(logits, "g (n q) k -> (g n) q k", q=last) * self.scaling
+        logits = rearrange(logits, "g (n q) k -> (g n) q k", q=stop - start) * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        allowed = causal(self.query_positions[-last:], self.key_positions, self.window)
+        allowed = causal(self.query_positions[start:stop], self.key_positions, self.window)
         logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         if self.sinks is not None:
-            sinks = repeat(self.sinks.to(logits), "h -> h q 1", q=last)
+            sinks = repeat(self.sinks.to(logits), "h -> h q 1", q=stop - start)
             return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
         return logits.softmax(-1)
 
@@ -81,8 +103,22 @@ class AttentionInputs:
         return locate(self.key_tokens, tokens).to(self.keys.device)
 
 
-Captured = dict[int, AttentionInputs]
-"""Queries and keys of one layer, by row."""
+@dataclass
+class Captured:
+    """What one layer notes for scorers.
+
+    Attributes:
+        rows: by row, what its attention used.
+        updates: [1, t, c] for each piece of the step, what attention added to the states of the packed tokens; None
+            when nobody will ask.
+    """
+
+    rows: dict[int, AttentionInputs] = field(default_factory=dict)
+    updates: list[Tensor] | None = None
+
+
+class Peeked(Exception):
+    """Ends a layer that was run for its queries and keys alone."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +169,9 @@ class AttentionPlan:
         rows: the rows that compute something.
         kernel: name of the attention implementation the model was loaded with.
         window: the layer's sliding window in positions.
-        captured: by row, where to note queries and keys for the scorer; None when it will not ask.
+        captured: where to note what scorers read; None when they will not ask.
         calls: the layer's calls of the attention function.
+        peeks: whether the layer is run for its queries and keys alone: attention ends it with `Peeked`.
     """
 
     rows: list[RowPlan]
@@ -142,6 +179,7 @@ class AttentionPlan:
     window: int | None
     captured: Captured | None
     calls: list[AttentionCall] = field(default_factory=list)
+    peeks: bool = False
 
 
 def planned_attention(
@@ -161,18 +199,24 @@ def planned_attention(
         if len(plan.rows) > 1:
             queries, keys, values = query[:, :, row.queries], key[:, :, row.keys], value[:, :, row.keys]
         if plan.captured is not None:
-            inputs = _inputs(plan, row, queries, keys, **kwargs)
-            earlier = plan.captured.get(row.row)
-            plan.captured[row.row] = inputs if earlier is None else inputs.behind(earlier)
+            inputs = _inputs(plan, row, queries, keys, values, **kwargs)
+            earlier = plan.captured.rows.get(row.row)
+            plan.captured.rows[row.row] = inputs if earlier is None else inputs.behind(earlier)
+        if plan.peeks:
+            continue
         for span in row.read_spans():
             taken = span.take(queries, keys, values)
             kernel, mask = choose_kernel(plan.kernel, module, span.read_mask(), taken[0])
             outputs.append(kernel(module, *taken, mask, **kwargs)[0])
+    if plan.peeks:
+        raise Peeked
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
-def _inputs(plan: AttentionPlan, row: RowPlan, queries: Tensor, keys: Tensor, **kwargs: Any) -> AttentionInputs:
-    """What a scorer gets to see of a row's queries [1, h, q, d] and keys [1, g, k, d]."""
+def _inputs(
+    plan: AttentionPlan, row: RowPlan, queries: Tensor, keys: Tensor, values: Tensor, **kwargs: Any
+) -> AttentionInputs:
+    """What a scorer gets to see of a row's queries [1, h, q, d], keys and values [1, g, k, d]."""
     new, key_tokens = row.new_queries, row.read_key_tokens()
     return AttentionInputs(
         queries=queries[0, :, queries.shape[2] - new :],
@@ -180,6 +224,7 @@ def _inputs(plan: AttentionPlan, row: RowPlan, queries: Tensor, keys: Tensor, **
         keys=keys[0],
         key_tokens=key_tokens,
         key_positions=row.positions[key_tokens],
+        values=values[0],
         scaling=kwargs.get("scaling") or queries.shape[-1] ** -0.5,
         softcap=kwargs.get("softcap"),
         window=plan.window,

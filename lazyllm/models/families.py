@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lazyllm.errors import AttachError, UnsupportedModelError
-from lazyllm.models.attention import ATTENTION_NAME, KERNELS, AttentionPlan, RowPlan
+from lazyllm.models.attention import ATTENTION_NAME, KERNELS, AttentionPlan, Captured, RowPlan
 from lazyllm.models.masks import EVERYTHING
 
 LAYER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "position_embeddings")
@@ -51,6 +51,12 @@ class DecoderContract:
         """The configurations in which the decoder's modules look up their attention implementation."""
         found = {id(config): config for module in self.decoder.modules() if (config := _config(module)) is not None}
         return list(found.values())
+
+    def attention_of(self, layer: int) -> nn.Module | None:
+        """The module of a layer that attends: the one that knows its layer's number, as the cache asks of it."""
+        found = [module for module in self.layers[layer].modules() if hasattr(module, "layer_idx")]
+        attending = [module for module in found if module is not self.layers[layer]]
+        return attending[0] if len(attending) == 1 else None
 
     def to_layer(self, value: Any, layer: int) -> Any:
         """Tensor, or tuple of tensors, on the device of `layer`."""
@@ -190,7 +196,7 @@ def _try_layer(contract: DecoderContract, index: int) -> str | None:
     row = RowPlan(
         0, whole, whole, token, lambda: token, new_queries=1, positions=token, read_spans=lambda: [EVERYTHING]
     )
-    plan = AttentionPlan([row], contract.kernel, contract.windows[index], captured={})
+    plan = AttentionPlan([row], contract.kernel, contract.windows[index], captured=Captured())
     view = _ProbeView()
     rope = contract.rope(hidden, positions)[contract.rope_types[index]]
     try:

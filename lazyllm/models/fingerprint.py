@@ -10,13 +10,14 @@ SAMPLES = 16
 
 
 def fingerprint(model: nn.Module) -> str:
-    """32 hexadecimal digits that go by the names, shapes, dtypes and some numbers of a model's parameters.
+    """32 hexadecimal digits that go by the shapes, dtypes and some numbers of a model's parameters, in their order.
 
-    The same weights have the same fingerprint on every device. Quantised weights go by their shape alone.
+    The same weights have the same fingerprint on every device, and while a pipeline is attached, which changes their
+    names. Quantised weights go by their shape alone.
     """
     digest = blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+    for parameter in model.parameters():
+        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(_sample(parameter))
     return digest.hexdigest()
 

@@ -7,7 +7,8 @@ float32, where reading the weights takes the time, it took as long as before. So
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -19,7 +20,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from lazyllm.caches.lazy_cache import LayerView
 from lazyllm.errors import UnsupportedModelError
-from lazyllm.models.attention import AttentionCall, AttentionPlan, planned_attention
+from lazyllm.models.attention import AttentionCall, AttentionPlan, Captured, planned_attention
+from lazyllm.models.families import DecoderContract
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,21 @@ def run_layer(
         **options,
     )
     return output
+
+
+@contextmanager
+def noting_updates(contract: DecoderContract, layer: int, captured: Captured | None) -> Iterator[None]:
+    """Notes what a layer's attention adds to its states, where that is asked for."""
+    if captured is None or captured.updates is None:
+        yield
+        return
+    updates, attention = captured.updates, contract.attention_of(layer)
+    assert attention is not None, "scorers that set needs_update refuse other layers"
+    hook = attention.register_forward_hook(lambda _, __, output: updates.append(output[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class CompiledLayers:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -14,10 +16,11 @@ from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.step import Step, open_step
 from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEnd
 from lazyllm.errors import CacheError, InputError
-from lazyllm.models.attention import AttentionPlan, Captured, RowPlan
+from lazyllm.models.attention import AttentionPlan, Captured, Peeked, RowPlan
 from lazyllm.models.families import DecoderContract
-from lazyllm.models.layers import Packed, RunLayer, run_layer
+from lazyllm.models.layers import Packed, RunLayer, noting_updates, run_layer
 from lazyllm.models.masks import RowMasks
+from lazyllm.policies.scoring import Readings
 from lazyllm.policies.select import Selector
 
 Missing = Literal["error", "nan"]
@@ -77,8 +80,9 @@ class LazyStack(nn.Module):
             token_ids=self.token_ids,
         ) as step:
             self._tell_start(step)
-            visible = self.selector.first(step)
             rope, masks = None, RowMasks(hidden_states.device)
+            visible = self.selector.first(step, partial(self._peek, step, 0, masks=masks, options=kwargs))
+            noted: deque[Captured] = deque(maxlen=self.selector.reads_layers)
             for i, layer in enumerate(self.layers):
                 flight, todo = step.flight, step.todo(visible, i)  # visible tokens whose depth is i (law 2)
                 hidden = self.contract.to_layer(step.pending(todo), i)  # in flight, or revived from the Aux Cache
@@ -86,14 +90,17 @@ class LazyStack(nn.Module):
                     rope = self.contract.rope(hidden, positions := step.positions())
                 view = step.view(i, visible)
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
-                captured: Captured | None = {} if self.selector.will_score(step, i, visible) else None
-                for place, piece in view.pieces(self.chunk):
-                    plan = self._plan(step, piece, i, masks, captured)
-                    output = self.run(layer, packed.at(place), plan, piece, kwargs)
-                    step.receive(place, output)
+                captured = self.selector.notes_of(step, i, visible)
+                with noting_updates(self.contract, i, captured):
+                    for place, piece in view.pieces(self.chunk):
+                        plan = self._plan(step, piece, i, masks, captured)
+                        output = self.run(layer, packed.at(place), plan, piece, kwargs)
+                        step.receive(place, output)
                 step.advance(i)  # depth is i + 1 now
                 self._tell_layer(step, view, i, visible)
-                visible = self.selector.select(step, i, visible, captured or {})  # the only pruning decision
+                noted.append(captured or Captured())
+                readings = Readings(tuple(noted), partial(self._peek, step, i + 1, visible, masks, kwargs))
+                visible = self.selector.select(step, i, visible, readings)  # the only pruning decision
             output = step.output(allow_missing=self.missing == "nan")
         self._tell_end(step)
         return output
@@ -147,6 +154,27 @@ class LazyStack(nn.Module):
                 )
             )
         return AttentionPlan(rows=rows, kernel=self.contract.kernel, window=window, captured=captured)
+
+    def _peek(
+        self, step: Step, layer: int, visible: list[Tensor], masks: RowMasks, options: dict[str, Any]
+    ) -> Captured:
+        """The queries and keys that `layer` would use were all of `visible` to enter it; nothing is computed beyond.
+
+        Where the cache revives nothing, tokens that stopped before `layer` in an earlier step cannot enter it.
+        """
+        if not step.cache.policy.revives:
+            visible = [step.without_stopped(row, layer, tokens) for row, tokens in enumerate(visible)]
+        todo, states = step.peek(visible, layer)
+        hidden = self.contract.to_layer(states, layer)
+        positions = step.positions(todo)
+        rope = self.contract.rope(hidden, positions)[self.contract.rope_types[layer]]
+        view = LayerView(step.cache, layer, todo, visible).peeking()
+        plan = self._plan(step, view, layer, masks, captured := Captured())
+        plan.peeks = True
+        with suppress(Peeked):
+            packed = Packed(hidden, positions, self.contract.to_layer(rope, layer))
+            run_layer(self.layers[layer], packed, plan, view, options)
+        return captured
 
     def _tell_start(self, step: Step) -> None:
         if step.is_prefill:

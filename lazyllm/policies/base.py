@@ -6,7 +6,7 @@ import ast
 import importlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from lazyllm.errors import ConfigError, unknown
 from lazyllm.models.attention import AttentionInputs
 from lazyllm.policies.query import AUTO_TOKENS, Query, Unit
+from lazyllm.policies.reading import Reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,10 +114,14 @@ class ScoreContext:
         query: [w] indices of the query tokens, ascending; the last tokens in a decode step.
         computed: [q] indices of the tokens the layer has computed in this step.
         states: [q, c] their hidden states after the layer (the embeddings when layer is -1).
-        attention: the queries and keys the layer used; None before the first layer.
-        memory: states after this layer of every token that has passed it, kept for scorers that set `needs_memory`.
+        attention: queries, keys and values the layer used; None before layer 0, or when nobody reads them.
+        earlier: those of the layers before it, the latest last, for scorers with `reads_layers` above 1.
+        read_next: gives those that the next layer would use; None after the last one.
+        memory: features after this layer of every token that has passed it, kept for scorers that set `needs_memory`.
+        tally: [t] sum of what `observe` gave each token so far, for scorers that set `accumulates`; None = nothing.
         token_ids: [t] vocabulary ids of all tokens of the row; None when the model was given embeddings.
         starts: by kind of unit, the first token of each line, sentence or paragraph; empty where the text is not known.
+        reads: language models that read the prompt for scorers that name them in `reads_models`.
     """
 
     layer: int
@@ -130,28 +135,68 @@ class ScoreContext:
     memory: StateMemory | None = None
     token_ids: Tensor | None = None
     starts: Mapping[Unit, Sequence[int]] = field(default_factory=dict)
+    earlier: tuple[AttentionInputs, ...] = ()
+    read_next: Callable[[], AttentionInputs] | None = None
+    tally: Tensor | None = None
+    reads: Reads = field(default_factory=dict)
 
     def states_of(self, tokens: Tensor) -> Tensor:
-        """Hidden states [v, c] after this layer of any tokens [v] that have passed it, in this step or before."""
+        """Features [v, f] after this layer of any tokens [v] that have passed it, in this step or before.
+
+        They are the hidden states [v, c], unless a scorer keeps others.
+        """
         assert self.memory is not None, "a scorer that looks back at states sets needs_memory"
         return self.memory.gather(tokens)
 
+    def tallied(self) -> Tensor:
+        """Sums [v] of the visible tokens, 0 for those that were never observed."""
+        assert self.tally is not None, "a scorer that reads sums sets accumulates"
+        return torch.nn.functional.pad(self.tally, (0, self.context_tokens - self.tally.numel()))[self.tokens]
+
     def attention_to_visible(self, queries: int) -> Tensor:
         """Attention probabilities [h, q, v] of the last `queries` new tokens over the visible ones."""
-        assert self.attention is not None, "a scorer that reads attention runs after a layer only"
-        return self.attention.probabilities(queries)[..., self.attention.columns(self.tokens)]
+        return self.over_visible(self.layer_attention, queries)
+
+    @property
+    def layer_attention(self) -> AttentionInputs:
+        """What the attention of the layer used."""
+        assert self.attention is not None, "a scorer that reads attention runs after a layer, and sets needs_attention"
+        return self.attention
+
+    def over_visible(self, attention: AttentionInputs, queries: int) -> Tensor:
+        """Attention probabilities [h, q, v] of the last `queries` new tokens of this layer or another."""
+        return attention.probabilities(queries)[..., attention.columns(self.tokens)]
 
 
 class Scorer(Policy):
     """Gives every visible token a score; the highest are kept.
 
-    A scorer is pure: the same context gives the same scores. Its flags say what it reads, so that nothing
-    else is kept for it: `needs_attention` for `context.attention` (it cannot prune before the first layer),
-    `needs_memory` for `context.states_of`.
+    A scorer is pure: the same context gives the same scores. Its flags say what it reads, so that nothing else is kept
+    for it:
+
+    - `needs_attention` for `context.attention`; it cannot prune before the first layer;
+    - `reads_layers` above 1 for `context.earlier`;
+    - `needs_next` for `context.read_next`; the next layer makes queries and keys of all visible tokens once more;
+    - `needs_memory` for `context.states_of`, which gives what `features` kept of each token;
+    - `needs_update` for the `update` that `features` gets;
+    - `accumulates` for `context.tally`, to which every step adds what `observe` gives.
     """
 
     needs_attention: ClassVar[bool] = False
+    needs_next: ClassVar[bool] = False
     needs_memory: ClassVar[bool] = False
+    needs_update: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
+
+    @property
+    def reads_layers(self) -> int:
+        """Of how many of the latest layers it reads attention."""
+        return 1
+
+    @property
+    def reads_models(self) -> tuple[str | None, ...]:
+        """Language models that read the prompt for it, by path or hub id; None is the model that is run."""
+        return ()
 
     @property
     def reads_query(self) -> Query | None:
@@ -162,6 +207,23 @@ class Scorer(Policy):
     def compares(self) -> int:
         """With how many query tokens each visible token is compared, for predicting what a score costs; 0 = none."""
         return AUTO_TOKENS if self.needs_memory else int(self.needs_attention)
+
+    def remembered_values(self, hidden: int) -> int:
+        """How many numbers it remembers of a token whose state has `hidden`, for predicting what a cache holds."""
+        return hidden if self.needs_memory else 0
+
+    def features(self, states: Tensor, update: Tensor | None) -> Tensor:
+        """What to remember [q, f] of tokens a layer has just computed.
+
+        Args:
+            states: [q, c] their hidden states.
+            update: [q, c] what the layer's attention added to them; None unless `needs_update` is set.
+        """
+        return states
+
+    def observe(self, attention: AttentionInputs) -> Tensor:
+        """What one step adds to the sums [k] of the tokens that were attended."""
+        raise NotImplementedError(f"{type(self).__name__} accumulates, but gives no observe")
 
     @abstractmethod
     def score(self, context: ScoreContext) -> Tensor:

@@ -1,0 +1,211 @@
+"""Caches as files: safetensors, with a document in the metadata that says what the tensors belong to.
+
+Every part of a cache gives its own tensors and takes them up again (`state`, `load_state`), so that one that keeps
+numbers in a form of its own is saved in that form. No code is stored, and none is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lazyllm.caches import CACHES
+from lazyllm.caches.lazy_cache import LazyCache
+from lazyllm.caches.policy import CachePolicy
+from lazyllm.caches.row import PromptMarks, Row
+from lazyllm.errors import CacheError
+from lazyllm.models.fingerprint import fingerprint
+from lazyllm.policies.base import explain
+
+VERSION = 1
+DOCUMENT, DIGEST = "lazyllm_cache", "lazyllm_digest"
+"""Keys of the file's metadata."""
+
+
+class SavedRow(BaseModel):
+    """What is said about a row beside its tensors.
+
+    Attributes:
+        marks: which of the document's marks are the row's.
+        reply_start: index of the first token that came after the last prefill step.
+        retreated: layer-tokens whose K/V were given up.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    marks: int
+    reply_start: int
+    retreated: int
+
+
+class SavedCache(BaseModel):
+    """What is said about a cache beside its tensors.
+
+    Attributes:
+        version: of this format.
+        fingerprint: of the decoder that filled the cache; None when no step has run.
+        policy: the cache policy, as a configuration has it.
+        layers: number of layers of the decoder; 0 when the cache has no rows.
+        columns: columns seen, padding included.
+        marks: what is known about prompts, each set once.
+        prompts: by prompt, which of the marks are its own.
+        rows: the rows.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int
+    fingerprint: str | None
+    policy: dict[str, Any]
+    layers: int
+    columns: int
+    marks: list[PromptMarks]
+    prompts: list[int]
+    rows: list[SavedRow]
+
+
+def save_cache(cache: LazyCache, path: str | Path) -> Path:
+    """Writes a cache to `path`, in one piece: to a file beside it first, which then takes its place.
+
+    Raises:
+        CacheError: when the file cannot be written, or the cache's model is gone.
+    """
+    path = Path(path)
+    tensors = {
+        f"{index}.{name}": tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)  # no two share memory
+        for index, row in enumerate(cache.rows)
+        for name, tensor in row.state().items()
+    }
+    document = _describe(cache).model_dump_json()
+    unfinished = path.parent / f".{path.name}.{uuid4().hex}"
+    try:
+        save_file(tensors, unfinished, {DOCUMENT: document, DIGEST: _digest(document, tensors)})
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"the cache cannot be saved as {str(path)!r}: {error}") from error
+    finally:
+        with suppress(OSError):  # it is gone where all went well
+            unfinished.unlink()
+    return path
+
+
+def _describe(cache: LazyCache) -> SavedCache:
+    known: list[PromptMarks] = []
+    prompts = [_place(marks, known) for marks in cache.marks]
+    rows = [
+        SavedRow(marks=_place(row.marks, known), reply_start=row.reply_start, retreated=row.retreated)
+        for row in cache.rows
+    ]
+    return SavedCache(
+        version=VERSION,
+        fingerprint=cache.fingerprint(),
+        policy=CACHES.describe(cache.policy),
+        layers=cache.rows[0].ledger.layers if cache.rows else 0,
+        columns=cache.columns,
+        marks=[{**vars(marks), "starts": dict(marks.starts)} for marks in known],  # what was found, not the text
+        prompts=prompts,
+        rows=rows,
+    )
+
+
+def _place(marks: PromptMarks, known: list[PromptMarks]) -> int:
+    """Where `marks` are among those known, to which they are added if need be."""
+    if marks not in known:
+        known.append(marks)
+    return known.index(marks)
+
+
+def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, devices: Sequence[torch.device]) -> LazyCache:
+    """The cache that `save_cache` wrote to `path`.
+
+    Args:
+        path: the file.
+        policy: the cache policy it must have been filled by.
+        decoder: the decoder it must have been filled by.
+        devices: by layer, where its K/V are put.
+
+    Raises:
+        CacheError: when there is no such file, it is damaged or changed, or of another version, model or policy.
+    """
+    path = Path(path)
+    said, tensors = _read(path)
+    if said.policy != CACHES.describe(policy):
+        raise CacheError(
+            f"{str(path)!r} was filled by the cache policy {said.policy}, this pipeline has {CACHES.describe(policy)}"
+        )
+    cache = LazyCache(policy, marks=[said.marks[place] for place in said.prompts])
+    if said.fingerprint is not None:
+        if said.fingerprint != (own := fingerprint(decoder)):
+            raise CacheError(
+                f"{str(path)!r} was filled by a model with the fingerprint {said.fingerprint}, this model has {own}"
+            )
+        cache.bind(decoder)
+    cache.columns = said.columns
+    by_row: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        by_row[index][name] = tensor
+    for number, saved in enumerate(said.rows):
+        row = Row(said.layers, policy, said.marks[saved.marks])
+        row.load_state(by_row[str(number)], devices)
+        row.reply_start, row.retreated = saved.reply_start, saved.retreated
+        cache.rows.append(row)
+    return cache
+
+
+def _read(path: Path) -> tuple[SavedCache, dict[str, Tensor]]:
+    """Document and tensors of a file, checked against its digest."""
+    if not path.is_file():
+        raise CacheError(f"there is no saved cache {str(path)!r}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if DOCUMENT not in metadata:
+                raise CacheError(f"{str(path)!r} is a safetensors file, but not one that a cache was saved to")
+            document = str(metadata[DOCUMENT])
+            _check_version(path, document)
+            # Read for good: what a file on the disk becomes later must not change the cache.
+            tensors = {name: file.get_tensor(name).clone() for name in file.offset_keys()}
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"{str(path)!r} cannot be read as a whole safetensors file: {error}") from error
+    if metadata.get(DIGEST) != (digest := _digest(document, tensors)):
+        raise CacheError(
+            f"{str(path)!r} was changed after it was saved: it has the digest {digest}, and says {metadata.get(DIGEST)}"
+        )
+    try:
+        return SavedCache.model_validate_json(document), tensors
+    except ValidationError as error:
+        raise CacheError(f"{str(path)!r} cannot be understood: {explain(error, SavedCache)}") from None
+
+
+def _check_version(path: Path, document: str) -> None:
+    """Refuses other formats before anything else of them is believed."""
+    try:
+        version = json.loads(document)["version"]
+    except (ValueError, TypeError, KeyError):
+        raise CacheError(f"{str(path)!r} says nothing about its version; it was changed after it was saved") from None
+    if version != VERSION:
+        raise CacheError(f"{str(path)!r} has version {version!r} of the format, this lazyllm reads version {VERSION}")
+
+
+def _digest(document: str, tensors: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits over the document and the name, shape, dtype and bytes of every tensor."""
+    digest = blake2b(document.encode(), digest_size=32)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
