@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from lazyllm import (
     WindowAttention,
 )
 from lazyllm.cli import app
+from lazyllm.costs import entering_tokens
 from lazyllm.evaluation.quality import Contender, forced_logits, greedy_reply
 from lazyllm.policies.base import Phase
 from lazyllm.policies.schedules.tuned import Measured, TunedFile
@@ -414,6 +416,11 @@ def test_a_target_that_is_none_is_refused(fields, part: str):
 # -- the search ------------------------------------------------------------------------------------------------
 
 
+def study_in(folder: Path) -> optuna.Study:
+    file = optuna.storages.journal.JournalFileBackend(str(folder / "study.log"))
+    return optuna.load_study(study_name="lazyllm tune", storage=optuna.storages.JournalStorage(file))
+
+
 def found(outcome: Outcome):
     """What must not depend on where and in how many pieces a search ran."""
     return outcome.trials, outcome.front, outcome.chosen
@@ -437,9 +444,7 @@ def test_a_search_gives_the_same_for_a_seed_and_another_for_another(model, tmp_p
 
 def test_the_front_is_what_no_trial_beats(model, tmp_path):
     outcome = tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path, **SMALL)
-    file = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log"))
-    study = optuna.load_study(study_name="lazyllm tune", storage=optuna.storages.JournalStorage(file))
-    values = [tuple(trial.values) for trial in study.trials]
+    values = [tuple(trial.values) for trial in study_in(tmp_path).trials]
     best = {
         (loss, speed)
         for loss, speed in values
@@ -453,6 +458,13 @@ def test_the_front_is_what_no_trial_beats(model, tmp_path):
     for one in outcome.front:
         assert fidelity.measure(one.config, training) == one.training
         assert fidelity.measure(one.config, validation) == one.validation
+
+
+def test_of_trials_that_do_the_same_the_front_has_the_first(model, tmp_path, monkeypatch):
+    same = {"divergence": 1.0, "speedup": 2.0}
+    monkeypatch.setattr(Fidelity, "measure", lambda *values: made_up(*values).model_copy(update=same))
+    outcome = tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path, **SMALL)
+    assert [(one.number, one.training.speedup) for one in outcome.front] == [(0, 2.0)]
 
 
 def test_more_trials_go_on_where_fewer_stopped(model, tmp_path, measured):
@@ -470,27 +482,54 @@ def test_more_trials_go_on_where_fewer_stopped(model, tmp_path, measured):
     assert measured == []  # nothing is done twice, validation included
 
 
-@pytest.mark.parametrize("cut", [0, 2, 4, 5, 7])
-def test_a_search_that_was_killed_ends_as_if_it_had_not_been(model, tmp_path, monkeypatch, cut: int):
-    whole = tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path / "whole", **SMALL)
-    measure, count = Fidelity.measure, 0
+def made_up(self, config: LazyConfig, references) -> Measured:
+    """What a configuration might do, at once: so that a search can be long enough to learn from its trials."""
+    entering = entering_tokens(config, 4, 1000)
+    luck = random.Random(config.to_json()).random()
+    return Measured(
+        prompts=len(references), divergence=1e-3 * (4000 - sum(entering)) * luck, speedup=4000 / sum(entering)
+    )
 
-    def cut_off(self, config, references):
+
+@pytest.mark.parametrize("cut", [0, 2, 4, 5, 10, 13, 15, 16])
+def test_a_search_that_was_killed_ends_as_if_it_had_not_been(model, tmp_path, monkeypatch, cut: int):
+    count, kill_at = 0, math.inf
+
+    def measure(self, config, references):
         nonlocal count
         count += 1
-        if count > cut:
+        if count > kill_at:
             raise KeyboardInterrupt
-        return measure(self, config, references)
+        return made_up(self, config, references)
 
-    monkeypatch.setattr(Fidelity, "measure", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path / "cut", **SMALL)
-    assert not (tmp_path / "cut" / "tuned.json").exists()
     monkeypatch.setattr(Fidelity, "measure", measure)
-    parts = tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path / "cut", **SMALL)
+    long = {**SMALL, "trials": 16}
+    whole = tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path / "whole", **long)
+    count, kill_at = 0, cut
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path / "cut", **long)
+    assert not (tmp_path / "cut" / "tuned.json").exists()
+    kill_at = math.inf
+    parts = tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path / "cut", **long)
     assert [unnumbered(one) for one in parts.front] == [unnumbered(one) for one in whole.front]
     assert parts.trials == whole.trials
     assert unnumbered(parts.chosen) == unnumbered(whole.chosen)
+
+
+def test_a_search_learns_from_its_trials(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Fidelity, "measure", made_up)
+    drawn = {}
+    for name in ("learnt", "other"):
+        if name == "other":  # the same draws but for what is told of the trials
+            monkeypatch.setattr(
+                Fidelity,
+                "measure",
+                lambda *values: made_up(*values).model_copy(update={"divergence": 1.0, "speedup": 2.0}),
+            )
+        tune(model, TOKENIZER, PROMPTS, EASY, out=tmp_path / name, **{**SMALL, "trials": 16})
+        drawn[name] = [trial.params for trial in study_in(tmp_path / name).trials]
+    assert drawn["learnt"][:10] == drawn["other"][:10]
+    assert drawn["learnt"][10:] != drawn["other"][10:]
 
 
 def unnumbered(one: Point) -> tuple:

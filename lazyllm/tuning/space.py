@@ -91,9 +91,9 @@ class Space:
     def summary(self, parameters: Parameters) -> str:
         """The cuts and the scorer's own fields in a line."""
         cuts = ", ".join(f"{kept} at {layer}" for layer, kept in self._kept(parameters).items())
-        power = f" ^{_rounded(parameters['power'])}" if parameters["rule"] == "share" else ""
+        power = f", power {_rounded(parameters['power'])}" if parameters["rule"] == "share" else ""
         fields = "; ".join(f"{path} {value}" for path, value in self._fields(parameters).items())
-        return f"{parameters['rule']}{power} {cuts}" + (f"; {fields}" if fields else "")
+        return f"{parameters['rule']} {cuts}{power}" + (f"; {fields}" if fields else "")
 
     def _schedule(self, parameters: Parameters) -> Schedule:
         kept = self._kept(parameters)
