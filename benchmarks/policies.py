@@ -169,7 +169,9 @@ def markdown(lines: Sequence[Line]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def _interval(effect: Effect, form: str, unit: str = "") -> str:
+def _interval(effect: Effect | None, form: str, unit: str = "") -> str:
+    if effect is None:
+        return "-"
     return f"{form.format(effect.estimate)}{unit} ({form.format(effect.low)} to {form.format(effect.high)})"
 
 

@@ -23,8 +23,9 @@ from lazyllm import (
     TokenTrace,
 )
 from lazyllm.config import preset_names
-from lazyllm.evaluation.compare import STOCK, Journal, _digest, compare, run
+from lazyllm.evaluation.compare import STOCK, Journal, compare, run
 from lazyllm.evaluation.curves import CURVES, curve_points
+from lazyllm.evaluation.digest import digest
 from lazyllm.evaluation.plots import plot_kept, plot_quality
 from lazyllm.evaluation.quality import Contender, Verdict, evidence_recall, judge
 from lazyllm.evaluation.tasks import TASKS, Item, Maker, make_items
@@ -222,8 +223,8 @@ def with_scorer(scorer) -> LazyConfig:
     ids=["item", "configuration", "scorer within a scorer"],
 )
 def test_a_new_field_leaves_a_journal_valid_until_it_is_used(before, widen):
-    assert _digest(widen(3)) == _digest(before)
-    assert _digest(widen(4)) != _digest(before)
+    assert digest(widen(3)) == digest(before)
+    assert digest(widen(4)) != digest(before)
 
 
 def test_whatever_differs_is_judged_anew():
@@ -247,25 +248,25 @@ def test_whatever_differs_is_judged_anew():
         Item("made", [{"role": "user", "content": "w1"}], "w2"),
         Item("made", [{"role": "system", "content": "w1"}], "w2"),
     ]
-    assert len({_digest(thing) for thing in things}) == len(things)
+    assert len({digest(thing) for thing in things}) == len(things)
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_configuration_is_known_again_however_it_was_written(name: str):
     config = LazyConfig.preset(name)
-    assert _digest(LazyConfig(**config.to_dict())) == _digest(config)
-    assert _digest(LazyConfig(**dict(reversed(dict(config).items())))) == _digest(config)
+    assert digest(LazyConfig(**config.to_dict())) == digest(config)
+    assert digest(LazyConfig(**dict(reversed(dict(config).items())))) == digest(config)
 
 
 def test_the_order_of_fields_does_not_matter():
     one, other = (create_model("Pair", **dict.fromkeys(names, (int, 0))) for names in ("ab", "ba"))
-    assert _digest(one(a=1, b=2)) == _digest(other(a=1, b=2)) != _digest(one(a=2, b=1))
+    assert digest(one(a=1, b=2)) == digest(other(a=1, b=2)) != digest(one(a=2, b=1))
 
 
 def test_the_order_of_a_mapping_does_not_matter():
     stages = {1: 0.5, 2: 0.3}
     turned = dict(reversed(stages.items()))
-    assert _digest(LazyConfig(schedule=Stages(stages))) == _digest(LazyConfig(schedule=Stages(turned)))
+    assert digest(LazyConfig(schedule=Stages(stages))) == digest(LazyConfig(schedule=Stages(turned)))
 
 
 def test_recall_decode_and_memory_are_paired_where_they_were_noted():

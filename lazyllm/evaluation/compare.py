@@ -6,19 +6,18 @@ slow moment of the machine hits all alike. Each verdict is written to disk as it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 from scipy import stats
 
+from lazyllm.evaluation.digest import digest
 from lazyllm.evaluation.quality import Contender, Verdict, judge
 from lazyllm.evaluation.tasks import Item
 
@@ -74,7 +73,8 @@ class Line:
         p_value: two-sided sign test of won against lost.
         loss: mean loss of the reference per token.
         loss_change: against the unmodified model, paired by item (t interval).
-        speedup: TTFT of the unmodified model over this one's, median of the items' ratios (bootstrap interval).
+        speedup: TTFT of the unmodified model over this one's, median of the items' ratios (bootstrap interval); None
+            where no two times may be compared.
         agreement: share of reply tokens equal to the unmodified model's, up to the shorter reply.
         computed_fraction: layer-tokens computed in prefill, of all.
         recall: share of the evidence that has K/V at the last layer after the prefill; None for tasks without evidence,
@@ -92,7 +92,7 @@ class Line:
     p_value: float | None
     loss: float
     loss_change: Effect
-    speedup: Effect
+    speedup: Effect | None
     agreement: float
     computed_fraction: float
     recall: float | None = None
@@ -126,7 +126,7 @@ def run(
         for index, item in enumerate(items):
             order.shuffle(others)
             for contender in (stock, *others):
-                key = f"{prefix}/{task}/{_digest(item)}/{contender.name}/{_digest(contender.pipe.config)}"
+                key = f"{prefix}/{task}/{digest(item)}/{contender.name}/{digest(contender.pipe.config)}"
                 verdict = journal.get(key)
                 if verdict is None:
                     own = item.reference or contender is stock
@@ -139,44 +139,28 @@ def run(
     return verdicts
 
 
-def _digest(thing: Any) -> str:
-    """A few letters that change whenever an item or a configuration does.
-
-    What stands at its default does not count, so that a new field leaves earlier journals valid. A default that is
-    changed leaves them valid too, wrongly: it needs a new journal.
-    """
-    return hashlib.sha256(_described(thing).encode()).hexdigest()[:12]
-
-
-def _described(thing: Any) -> str:
-    """A value as text; of an object its class and, by name, the fields that differ from their default."""
-    if isinstance(thing, Mapping):
-        return "{" + ", ".join(sorted(f"{key!r}: {_described(value)}" for key, value in thing.items())) + "}"
-    if isinstance(thing, (list, tuple)):
-        return "[" + ", ".join(map(_described, thing)) + "]"
-    if isinstance(thing, BaseModel):
-        known = type(thing).model_fields.items()
-        defaults = {name: field.get_default(call_default_factory=True) for name, field in known}
-    elif is_dataclass(thing):
-        defaults = {field.name: field.default for field in fields(thing)}
-    else:
-        return repr(thing)
-    told = {name: _described(getattr(thing, name)) for name in sorted(defaults)}
-    own = [f"{name}={text}" for name, text in told.items() if text != _described(defaults[name])]
-    return f"{type(thing).__name__}({', '.join(own)})"
-
-
 def compare(verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> list[Line]:
     """Every contender against the unmodified model, task by task."""
     return [
-        _line(task, name, mine, by_name[STOCK]) for task, by_name in verdicts.items() for name, mine in by_name.items()
+        line_of(task, name, mine, by_name[STOCK])
+        for task, by_name in verdicts.items()
+        for name, mine in by_name.items()
     ]
 
 
-def _line(task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict]) -> Line:
+def line_of(
+    task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict], timed: Sequence[bool] | None = None
+) -> Line:
+    """One contender on one task, from its verdicts and the unmodified model's on the same items.
+
+    Args:
+        task, name: what it is called.
+        mine, stock: verdicts, at least one.
+        timed: for which items the times of both may be compared; all unless given.
+    """
     pairs = list(zip(mine, stock, strict=True))
+    together = pairs if timed is None else [pair for pair, is_timed in zip(pairs, timed, strict=True) if is_timed]
     losses = np.array([(one.loss, other.loss) for one, other in pairs])
-    ratios = np.array([other.ttft_seconds / one.ttft_seconds for one, other in pairs])
     scored = [(one.is_right, other.is_right) for one, other in pairs if one.is_right is not None]
     won = sum(bool(one) and not other for one, other in scored)
     lost = sum(bool(other) and not one for one, other in scored)
@@ -190,11 +174,11 @@ def _line(task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict
         p_value=float(stats.binomtest(won, won + lost).pvalue) if won + lost else None,
         loss=float(losses[:, 0].mean()),
         loss_change=_mean_interval(losses[:, 0] - losses[:, 1]),
-        speedup=_median_interval(ratios),
+        speedup=_paired_speedup([(one.ttft_seconds, other.ttft_seconds) for one, other in together]),
         agreement=float(np.mean([_agreement(one.reply, other.reply) for one, other in pairs])),
         computed_fraction=float(np.mean([one.computed_fraction for one in mine])),
         recall=_mean([one.recall for one in mine]),
-        decode_speedup=_paired_speedup([(one.step_seconds, other.step_seconds) for one, other in pairs]),
+        decode_speedup=_paired_speedup([(one.step_seconds, other.step_seconds) for one, other in together]),
         memory=_mean([_ratio(one.cache_bytes, other.cache_bytes) for one, other in pairs]),
     )
 

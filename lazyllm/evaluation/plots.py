@@ -107,13 +107,14 @@ def _method(line: Line) -> str:
 
 
 def _draw_curve(axes: Any, method: str, points: Sequence[Line], colour: str) -> None:
-    points = sorted(points, key=lambda line: line.speedup.estimate)
-    effects = [line.loss_change for line in points]
+    timed = [(line.speedup.estimate, line.loss_change) for line in points if line.speedup is not None]
+    timed.sort(key=lambda point: point[0])
+    speedups, effects = [speedup for speedup, _ in timed], [effect for _, effect in timed]
     reach = [
         [effect.estimate - effect.low for effect in effects],
         [effect.high - effect.estimate for effect in effects],
     ]
-    speedups, changes = [line.speedup.estimate for line in points], [effect.estimate for effect in effects]
+    changes = [effect.estimate for effect in effects]
     axes.errorbar(
         speedups, changes, yerr=reach, fmt="o-", markersize=4, linewidth=1.2, color=colour, capsize=2, label=method
     )

@@ -1,0 +1,219 @@
+"""What is varied: an axis names a field and the values it takes, each with a label."""
+
+from __future__ import annotations
+
+import math
+import random as randomness
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, model_validator
+
+from lazyllm.errors import ConfigError, unknown
+from lazyllm.policies.base import Value
+
+KINDS = ("values", "sweep", "random", "zip")
+"""How an axis says what its field takes; one of these."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One point of an axis.
+
+    Attributes:
+        label: what it is called.
+        changes: values by dotted path of a field.
+    """
+
+    label: str
+    changes: Mapping[str, Any]
+
+
+class Span(Value):
+    """Evenly spaced numbers, both ends included; evenly in their logarithms with `log`."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    start: Annotated[float, Field(alias="from")]
+    to: float
+    steps: Annotated[int, Field(ge=2)]
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _check_log(self) -> Span:
+        if self.log and not (self.start > 0 and self.to > 0):
+            raise ValueError(f"logarithms need numbers above 0, not {self.start:g} and {self.to:g}")
+        return self
+
+    def numbers(self) -> list[float]:
+        """All of them, to nine digits."""
+        shares = [step / (self.steps - 1) for step in range(self.steps)]
+        return [_short(_between(self.start, self.to, share, self.log)) for share in shares]
+
+
+class Draw(Value):
+    """Numbers drawn at random from `low` to `high`, both included; `whole` ones where asked."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> Draw:
+        if not self.low < self.high:
+            raise ValueError(f"low must lie below high, got {self.low:g} and {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"logarithms need numbers above 0, not {self.low:g}")
+        return self
+
+    def number(self, rng: randomness.Random) -> float:
+        """The next one."""
+        drawn = _between(self.low, self.high, rng.random(), self.log)
+        return round(drawn) if self.whole else _short(drawn)
+
+
+class Axis(Value):
+    """A field and what it takes; the study runs every combination of its axes.
+
+    Attributes:
+        field: dotted path into a configuration (`protect.recent`), `preset`, or a field of the study (`tokens`).
+        values: a list, or a mapping from labels to values.
+        sweep: a text with words in capitals, which take the numbers given under the same words in small letters.
+        over: these numbers: a list, or `from`, `to` and `steps`. They may also stand beside `sweep` by their own names.
+        random: what numbers are drawn from, as many as `draws` says.
+        zip: several fields that change together, each with as many values.
+        labels: names of the values.
+        name: what the axis is called; its field unless given.
+
+    Raises:
+        ConfigError: for none or several of values, sweep, random and zip, and for labels that do not fit.
+    """
+
+    field: str | None = None
+    values: Annotated[tuple[Any, ...] | dict[str, Any] | None, Field(min_length=1)] = None
+    sweep: str | None = None
+    over: dict[str, Span | Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    random: Draw | None = None
+    draws: Annotated[int, Field(ge=1)] = 1
+    zip: dict[str, tuple[Any, ...]] | None = None
+    labels: tuple[str, ...] | None = None
+    name: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, data: Any) -> Any:
+        """Takes what stands beside a sweep under names of its own as its numbers."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("sweep"), str):
+            return data
+        own = {key: value for key, value in data.items() if key not in cls.model_fields}
+        if strange := [key for key in own if key.upper() not in _capitals(data["sweep"])]:
+            raise ConfigError(
+                f"the sweep {data['sweep']!r} has no {strange[0].upper()} for {strange[0]!r} to stand for; "
+                f"{unknown('field', strange[0], cls.model_fields)}"
+            )
+        return {key: value for key, value in data.items() if key in cls.model_fields} | {
+            "over": {**data.get("over", {}), **own}
+        }
+
+    @model_validator(mode="after")
+    def _check(self) -> Axis:
+        kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"an axis has one of {', '.join(KINDS)}; this one has {', '.join(kinds) or 'none'}")
+        if (self.field is None) != (self.zip is not None):
+            raise ValueError("an axis names its field, and a zip names its fields itself")
+        if self.zip is not None and len({len(values) for values in self.zip.values()} | {0}) != 2:
+            counts = ", ".join(f"{path}: {len(values)}" for path, values in self.zip.items())
+            raise ValueError(f"what is zipped has equally many values, at least one; here {counts or 'none'}")
+        if self.sweep is not None and not self.over:
+            raise ValueError(f"the sweep {self.sweep!r} has no numbers; write KEEP in it and give keep: [0.1, 0.3]")
+        self._check_labels()
+        return self
+
+    def _check_labels(self) -> None:
+        points = self.levels(0)
+        if self.labels is not None and (isinstance(self.values, dict) or len(self.labels) != len(points)):
+            raise ValueError(f"{len(self.labels)} labels for {len(points)} values")
+        labels = [level.label for level in points]
+        if self.random is None and (twice := [label for label in labels if labels.count(label) > 1]):
+            raise ValueError(f"two values of {self.title!r} are called {twice[0]!r}; give them labels")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The fields it changes."""
+        return tuple(self.zip) if self.zip is not None else (str(self.field),)
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        return self.name or "+".join(self.paths)
+
+    def levels(self, seed: int) -> list[Level]:
+        """Its points, in the order they were given; drawn numbers go by the seed and the axis' name."""
+        found = [Level(label, changes) for label, changes in self._points(seed)]
+        labels = self.labels or ()
+        if len(labels) == len(found):
+            found = [Level(label, level.changes) for label, level in zip(labels, found, strict=True)]
+        return list({level.label: level for level in found}.values()) if self.random is not None else found
+
+    def _points(self, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self.zip is not None:
+            for values in zip(*self.zip.values(), strict=True):
+                yield " + ".join(map(shown, values)), dict(zip(self.zip, values, strict=True))
+            return
+        for label, value in self._values(seed):
+            yield label, {str(self.field): value}
+
+    def _values(self, seed: int) -> Iterator[tuple[str, Any]]:
+        if isinstance(self.values, dict):
+            yield from self.values.items()
+        elif self.values is not None:
+            yield from ((shown(value), value) for value in self.values)
+        elif self.random is not None:
+            rng = randomness.Random(f"{seed} {self.title}")
+            drawn = [self.random.number(rng) for _ in range(self.draws)]
+            yield from ((shown(value), value) for value in drawn)
+        else:
+            yield from _swept(str(self.sweep), self.over)
+
+
+def _swept(text: str, over: Mapping[str, Span | Sequence[float]]) -> Iterator[tuple[str, str]]:
+    """Every combination of the numbers, by what they are, in the text."""
+    columns = [span.numbers() if isinstance(span, Span) else [_short(number) for number in span]
+               for span in over.values()]  # fmt: skip
+    for numbers in product(*columns):
+        filled = text
+        for name, number in zip(over, numbers, strict=True):
+            filled = re.sub(rf"\b{name.upper()}\b", shown(number), filled)
+        names = [f"{name} " for name in over] if len(over) > 1 else [""]
+        yield ", ".join(name + shown(number) for name, number in zip(names, numbers, strict=True)), filled
+
+
+def shown(value: Any) -> str:
+    """A value as a label."""
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, Mapping):
+        fields = ", ".join(f"{key}={shown(part)}" for key, part in value.items() if key != "name")
+        return f"{value['name']}({fields})" if "name" in value else f"{{{fields}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _capitals(text: str) -> set[str]:
+    return set(re.findall(r"\b[A-Z][A-Z0-9_]*\b", text))
+
+
+def _between(low: float, high: float, share: float, log: bool) -> float:
+    return low * (high / low) ** share if log else low + (high - low) * share
+
+
+def _short(number: float) -> float:
+    """To nine digits, whole numbers as such, so that 0.3 is written 0.3 and 9 as 9."""
+    rounded = float(f"{number:.9g}")
+    return int(rounded) if math.isfinite(rounded) and rounded == int(rounded) else rounded

@@ -1,0 +1,96 @@
+"""Workers as actors of a Ray cluster; the driver alone writes results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lazyllm.ablation.dispatch import Died, Finished, Hand, Message, messages
+from lazyllm.ablation.models import Load
+from lazyllm.ablation.units import Group
+from lazyllm.ablation.worker import Job, Worker
+from lazyllm.errors import InputError
+
+LOCAL = "local"
+"""The address that starts a cluster on this machine."""
+
+
+class _Actor:
+    """A worker in a process of Ray's."""
+
+    def __init__(self, job: Job) -> None:
+        self._worker = Worker(job)
+
+    def work(self, group: Group) -> Iterator[Message]:
+        """What it says of a group, one message at a time."""
+        yield from messages(self._worker, group)
+
+
+class ActorHand:
+    """An actor, and the stream of what it says about its group."""
+
+    def __init__(self, ray: Any, job: Job, options: dict[str, Any]) -> None:
+        self.name, self._ray = job.name, ray
+        self._actor = ray.remote(_Actor).options(max_restarts=0, **options).remote(job)
+        self.stream: Any = None
+
+    def give(self, group: Group) -> None:
+        """Hands over a group."""
+        self.stream = self._actor.work.options(num_returns="streaming").remote(group)
+
+    def hear(self) -> Message:
+        """What it says next."""
+        try:
+            message: Message = self._ray.get(next(self.stream))
+        except StopIteration:
+            return Finished()
+        except self._ray.exceptions.RayActorError as error:
+            return Died(f"the worker died ({_first_line(error)})")
+        except self._ray.exceptions.RayError as error:
+            self.dismiss()
+            return Died(f"the worker failed ({_first_line(error)})")
+        return message
+
+    def dismiss(self) -> None:
+        """Ends the actor."""
+        self._ray.kill(self._actor)
+
+
+class RayCrew:
+    """A crew of actors; `address` is a cluster's, or "local".
+
+    Raises:
+        InputError: when Ray is not installed, or there is no such cluster.
+    """
+
+    def __init__(self, run: str, address: str, load: Load | None = None, **options: Any) -> None:
+        self.run, self._load, self._options = run, load, options
+        self._ray = _connected(address)
+
+    def hire(self, name: str) -> ActorHand:
+        """A new actor, wherever there is room."""
+        return ActorHand(self._ray, Job(self.run, name, self._load), self._options)
+
+    def hear(self, hands: Sequence[Hand]) -> Iterator[tuple[Hand, Message]]:
+        """Waits for a message of each that has one."""
+        by_stream = {hand.stream: hand for hand in hands if isinstance(hand, ActorHand)}
+        ready, _ = self._ray.wait(list(by_stream), num_returns=1)
+        for stream in ready:
+            yield by_stream[stream], by_stream[stream].hear()
+
+
+def _connected(address: str) -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray needs Ray, which is not installed: pip install lazyllm-torch[ray]") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"there is no Ray cluster at {address!r}: {_first_line(error)}") from None
+    return ray
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,243 @@
+"""A folder of results that survives anything: lines are appended, checked by a digest, and on disk before they count."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from lazyllm.ablation.units import Record
+from lazyllm.errors import InputError
+
+RESULTS, ITEMS, PLAN, STUDY, LOCK = "results.jsonl", "items.jsonl", "plan.json", "study.yaml", "lock"
+MARK = b'{"check": "'
+"""How every line begins."""
+
+
+def written(data: Mapping[str, Any]) -> bytes:
+    """Plain data as one line with its digest in front.
+
+    Raises:
+        ValueError: for data that JSON has no words for, such as NaN.
+    """
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return MARK + _check(text).encode() + b'", "data": ' + text.encode() + b"}\n"
+
+
+def read(line: bytes) -> Any:
+    """The data of a line, None when it is damaged."""
+    head, found, text = line.partition(b'", "data": ')
+    if not (found and head.startswith(MARK) and text.endswith(b"}")):
+        return None
+    try:
+        body = text[:-1].decode("ascii")
+        return json.loads(body) if head[len(MARK) :] == _check(body).encode() else None
+    except ValueError:
+        return None
+
+
+def _check(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass
+class Lines:
+    """What a file of lines holds.
+
+    Attributes:
+        data: of every whole line, in order.
+        damaged: numbers of lines that were changed since they were written, from 1.
+        size: bytes of whole lines; what stands behind was cut off in the middle.
+    """
+
+    data: list[Any] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    size: int = 0
+
+
+def read_lines(path: Path) -> Lines:
+    """Every line of a file that `written` made; an absent file has none.
+
+    Raises:
+        InputError: when it cannot be read, or is of something else.
+    """
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    found = Lines(size=content.rfind(b"\n") + 1)
+    *whole, rest = content.split(b"\n")
+    if content and not any(MARK.startswith(line[: len(MARK)]) for line in whole or [rest]):
+        raise InputError(f"{str(path)!r} is no file of a study; move it away, or take another folder")
+    for number, line in enumerate(whole, 1):
+        data = read(line)
+        found.damaged.append(number) if data is None else found.data.append(data)
+    return found
+
+
+class Appender:
+    """Writes lines at the end of a file, each on disk before the next; what was cut off before is dropped."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self._size = path, size
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.ftruncate(self._file, size)
+        except OSError as error:
+            raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
+
+    def append(self, lines: Iterable[bytes]) -> None:
+        """Writes all of `lines`, or raises with the file as it was before.
+
+        Raises:
+            InputError: when the disk is full, or fails otherwise.
+        """
+        content = b"".join(lines)
+        try:
+            self._write(content)
+            os.fsync(self._file)
+        except OSError as error:
+            with suppress(OSError):  # else the rest of the line is dropped when the file is opened next
+                os.ftruncate(self._file, self._size)
+            raise InputError(
+                f"cannot write {str(self.path)!r}: {error.strerror}; everything before is kept, "
+                "and the same command goes on from there"
+            ) from None
+        self._size += len(content)
+
+    def _write(self, content: bytes) -> None:
+        done = 0
+        while done < len(content):
+            done += os.pwrite(self._file, content[done:], self._size + done)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._file)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a folder holds.
+
+    Attributes:
+        records: every result, in the order it came.
+        items: contents by digest.
+        plan: what was planned last; None before anything was.
+        notices: what is damaged.
+    """
+
+    records: list[Record]
+    items: dict[str, dict[str, Any]]
+    plan: dict[str, Any] | None
+    notices: list[str]
+
+
+def look_into(folder: Path) -> Kept:
+    """Reads a folder, whoever writes to it meanwhile.
+
+    Raises:
+        InputError: when it is of something else.
+    """
+    results, items = read_lines(folder / RESULTS), read_lines(folder / ITEMS)
+    try:
+        records = [Record(**data) for data in results.data]
+        contents = {data["digest"]: data["item"] for data in items.data}
+        plan = json.loads((folder / PLAN).read_bytes()) if (folder / PLAN).exists() else None
+    except (TypeError, KeyError, ValueError, OSError) as error:
+        raise InputError(f"{str(folder)!r} holds no study that can be read: {error}") from None
+    notices = [
+        f"{folder / name}: {_numbered(lines.damaged)} damaged; what stood there is computed again"
+        for name, lines in ((RESULTS, results), (ITEMS, items))
+        if lines.damaged
+    ]
+    return Kept(records, contents, plan, notices)
+
+
+def _numbered(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    return f"line {shown} is" if len(numbers) == 1 else f"lines {shown} are"
+
+
+class Store:
+    """A folder that this process alone writes to, while `opened`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kept = look_into(folder)
+        self._results = Appender(folder / RESULTS, read_lines(folder / RESULTS).size)
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: Path) -> Iterator[Store]:
+        """The folder, made where it is missing and locked against other processes.
+
+        Raises:
+            InputError: when another process writes to it, or it cannot be used.
+        """
+        with _locked(folder):
+            store = cls(folder)
+            try:
+                yield store
+            finally:
+                store._results.close()
+
+    def keep(self, study: str, plan: Mapping[str, Any], items: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes the study, what is planned, and the items that are not there yet.
+
+        Raises:
+            InputError: when they cannot be written.
+        """
+        new = {name: item for name, item in items.items() if name not in self.kept.items}
+        file = Appender(self.folder / ITEMS, read_lines(self.folder / ITEMS).size)
+        try:
+            file.append(written({"digest": name, "item": item}) for name, item in new.items())
+        finally:
+            file.close()
+        self._replace(STUDY, study)
+        self._replace(PLAN, json.dumps(plan, separators=(",", ":")))
+
+    def add(self, record: Record) -> None:
+        """Writes one result.
+
+        Raises:
+            InputError: when it cannot be written.
+        """
+        self._results.append([written(vars(record))])
+        self.kept.records.append(record)
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file that is there as a whole or not at all."""
+        path, new = self.folder / name, self.folder / f"{name}.new"
+        try:
+            with new.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        except OSError as error:
+            raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InputError(f"cannot use the folder {str(folder)!r}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"another process is running the study in {str(folder)!r}; wait for it, or take another folder"
+            ) from None
+        yield
+    finally:
+        os.close(file)

@@ -1,0 +1,257 @@
+"""A study: one frozen object, and one file, that says what is varied and on what it is measured."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+
+from lazyllm.ablation.axes import Axis, Level, shown
+from lazyllm.ablation.cells import Cell, ModelRef, Question, Setting, apply, changed, check_setting, check_tasks
+from lazyllm.config import LazyConfig, preset_names
+from lazyllm.errors import ConfigError
+from lazyllm.evaluation.compare import STOCK
+from lazyllm.policies.base import Value
+
+if TYPE_CHECKING:
+    from lazyllm.ablation.engine import StudyCallback
+    from lazyllm.ablation.models import Load
+    from lazyllm.ablation.results import Results
+
+MOST_CELLS = 100_000
+"""More than that is a mistake in an axis."""
+NAME, CELL_NAME = "name", "name"
+
+
+def base_config(spec: Any) -> LazyConfig:
+    """A configuration, from itself, a preset's name, a path, or a mapping of fields with an optional `preset`.
+
+    Raises:
+        ConfigError: when it describes none.
+    """
+    if isinstance(spec, LazyConfig):
+        return spec
+    if isinstance(spec, (str, Path)):
+        return LazyConfig.preset(spec)
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"config is a preset, a path or a mapping of fields, not {spec!r}")
+    fields = dict(spec)
+    config = LazyConfig.preset(fields.pop("preset")) if "preset" in fields else LazyConfig()
+    for path, value in sorted(fields.items(), key=lambda field: field[0].count(".")):
+        config = changed(config, path, value)
+    return config
+
+
+class Drawn(Value):
+    """So many cells, drawn from the product of the axes."""
+
+    random: Annotated[int, Field(ge=1)]
+
+
+class Study(Value):
+    """Configurations beside the unmodified model on the same items: the product of some axes, and cells of their own.
+
+    Attributes:
+        name: what it is called, and the folder of its results.
+        model: hub id, folder or GGUF file; "packaged" is the SmolLM2 that comes as a Python package.
+        dtype, weights, device: of the model; "auto" is a GPU where there is one.
+        tasks: how many items of each task; a list of names takes `items` of each.
+        items: how many, where `tasks` does not say.
+        tokens: length of the prompts.
+        question: where in a prompt its question stands.
+        seed: of the items, of drawn values, and of the order in which cells are run.
+        config: what the axes vary: a preset, a path, or a mapping of fields with an optional `preset`.
+        axes: their product is run.
+        combine: "grid" for all of the product, or `{"random": 20}` for so many cells of it.
+        cells: explicit ones, each a mapping of changes with an optional `name`.
+
+    Raises:
+        ConfigError: for anything that cannot be, with the nearest name that exists.
+    """
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00]+$")] = "study"
+    model: str = "packaged"
+    dtype: str = "float32"
+    weights: str | None = None
+    device: str = "auto"
+    tasks: dict[str, int]
+    items: Annotated[int, Field(ge=1)] = 24
+    tokens: int = 2048
+    question: Question = "last"
+    seed: int = 0
+    config: Annotated[LazyConfig, BeforeValidator(base_config), PlainSerializer(LazyConfig.to_dict)] = Field(
+        default_factory=lambda: LazyConfig.preset("recommended")
+    )
+    axes: tuple[Axis, ...] = ()
+    combine: Literal["grid"] | Drawn = "grid"
+    cells: tuple[dict[str, Any], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_items(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "tasks" not in data:
+            return data
+        items = data.get("items", cls.model_fields["items"].default)
+        counts = check_tasks(data["tasks"], items if isinstance(items, int) else 1)
+        return {**data, "tasks": counts}
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
+        self.all_cells()
+        return self
+
+    @classmethod
+    def from_text(cls, text: str, *, name: str = "study") -> Study:
+        """The study in YAML or JSON text.
+
+        Raises:
+            ConfigError: when it is none.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name} is not plain YAML or JSON: {error}") from None
+        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+            raise ConfigError(f"{name} holds {'nothing' if data is None else repr(data)[:60]}, not a mapping of fields")
+        return cls(**{NAME: name, **data})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Study:
+        """Reads a study file; its name is the file's unless it gives one.
+
+        Raises:
+            ConfigError: when there is no such file, or it is no study.
+        """
+        path = Path(path)
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"), name=path.stem)
+        except OSError as error:
+            raise ConfigError(f"cannot read the study {str(path)!r}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"the study {str(path)!r} is not text") from None
+
+    def to_yaml(self) -> str:
+        """The study as YAML text."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+    @property
+    def setting(self) -> Setting:
+        """The conditions before any axis changes them."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        ref = ModelRef(self.model, self.dtype, self.weights, device)
+        return check_setting(Setting(ref, self.tokens, self.question, self.seed, tuple(self.tasks.items())))
+
+    def all_cells(self) -> list[Cell]:
+        """Every cell but the unmodified model's: those of the axes, then the explicit ones.
+
+        Raises:
+            ConfigError: when one cannot be, or two have one name.
+        """
+        self._check_axes()
+        made = [*self._crossed(), *(self._explicit(changes) for changes in self.cells)]
+        if not made:
+            made = [self._cell(self._own_name(), {}, {})]
+        names = [cell.name for cell in made]
+        if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
+            raise ConfigError(f"two cells are called {twice[0]!r}; give one a name of its own")
+        if STOCK in names:
+            raise ConfigError(f"{STOCK!r} is the name of the unmodified model, which every study runs")
+        return made
+
+    def notices(self) -> list[str]:
+        """What is odd about the cells: those that are the same."""
+        made = self.all_cells()
+        alike: dict[Any, list[str]] = defaultdict(list)
+        for cell in made:
+            assert cell.config is not None
+            alike[cell.setting, cell.config.to_json()].append(cell.name)
+        if len(made) > 1 and len(alike) == 1:
+            return [f"all {len(made)} cells are the same, so that nothing is compared but the unmodified model"]
+        return [
+            f"{', '.join(map(repr, names[1:]))} {'is' if len(names) == 2 else 'are'} the same as {names[0]!r}: "
+            "computed once"
+            for names in alike.values()
+            if len(names) > 1
+        ]
+
+    def run(
+        self,
+        out: str | Path | None = None,
+        *,
+        workers: int = 1,
+        ray: str | None = None,
+        retry: bool = False,
+        retime: bool = False,
+        load: Load | None = None,
+        callbacks: Sequence[StudyCallback] = (),
+    ) -> Results:
+        """Runs what is not known yet, and gives all results.
+
+        Args:
+            out: folder of the results, `out/NAME` unless given; the same one goes on where an earlier run stopped.
+            workers: processes that share the work, each with the model; 1 = this process.
+            ray: address of a Ray cluster that does the work instead, "local" for one of this machine.
+            retry: runs again what failed before.
+            retime: runs the unmodified model again beside cells that came later, so that their times can be compared.
+            load: gives model and tokenizer for a `ModelRef`, instead of loading what it names.
+            callbacks: told about every unit.
+
+        Raises:
+            InputError, ConfigError: before anything runs, and when the folder cannot be used or written.
+        """
+        from lazyllm.ablation.engine import run
+
+        return run(
+            self, out, workers=workers, ray=ray, retry=retry, retime=retime, load=load, callbacks=callbacks
+        )  # fmt: skip
+
+    def _own_name(self) -> str:
+        return next((name for name in preset_names() if LazyConfig.preset(name) == self.config), "config")
+
+    def _check_axes(self) -> None:
+        paths = [path for axis in self.axes for path in axis.paths]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise ConfigError(f"two axes change {twice[0]!r}")
+        titles = [axis.title for axis in self.axes]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ConfigError(f"two axes are called {twice[0]!r}")
+
+    def _crossed(self) -> Iterator[Cell]:
+        if not self.axes:
+            return
+        columns = [axis.levels(self.seed) for axis in self.axes]
+        if (count := prod(map(len, columns))) > MOST_CELLS:
+            raise ConfigError(f"the axes give {count:,} cells, more than {MOST_CELLS:,}")
+        points: list[tuple[Level, ...]] = list(product(*columns))
+        if isinstance(self.combine, Drawn) and self.combine.random < len(points):
+            drawn = random.Random(f"{self.seed} cells").sample(range(len(points)), self.combine.random)
+            points = [points[index] for index in sorted(drawn)]
+        for point in points:
+            labels = {axis.title: level.label for axis, level in zip(self.axes, point, strict=True)}
+            changes = {path: value for level in point for path, value in level.changes.items()}
+            yield self._cell(", ".join(f"{title}={label}" for title, label in labels.items()), changes, labels)
+
+    def _explicit(self, given: Mapping[str, Any]) -> Cell:
+        changes = {path: value for path, value in given.items() if path != CELL_NAME}
+        parts = [shown(value) if path == "preset" else f"{path}={shown(value)}" for path, value in changes.items()]
+        titles = {axis.title: axis.paths for axis in self.axes}
+        labels = {title: " + ".join(shown(changes[path]) for path in paths)
+                  for title, paths in titles.items() if all(path in changes for path in paths)}  # fmt: skip
+        return self._cell(str(given.get(CELL_NAME) or ", ".join(parts) or self._own_name()), changes, labels)
+
+    def _cell(self, name: str, changes: Mapping[str, Any], labels: Mapping[str, str]) -> Cell:
+        try:
+            setting, config = apply(self.setting, self.config, changes)
+        except ConfigError as error:
+            raise ConfigError(f"cell {name!r}: {error}") from None
+        return Cell(name, setting, config, labels)

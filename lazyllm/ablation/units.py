@@ -1,0 +1,116 @@
+"""The unit of a study is one item of one cell. Its address is made of all that determines its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+
+import lazyllm
+from lazyllm.ablation.cells import ModelRef
+from lazyllm.config import LazyConfig
+from lazyllm.evaluation.digest import digest
+from lazyllm.evaluation.tasks import Item
+
+MEASUREMENT = 1
+"""Of what a verdict means; a higher one computes everything anew."""
+LETTERS = 24
+"""Of an address."""
+
+
+@cache
+def versions() -> tuple[str, ...]:
+    """Of everything that may change a result."""
+    return str(MEASUREMENT), lazyllm.__version__, torch.__version__, transformers.__version__
+
+
+def address(item: str, config: LazyConfig | None, identity: tuple[Any, ...]) -> str:
+    """Where a unit's result is found.
+
+    Args:
+        item: digest of the item.
+        config: what runs; None for the unmodified model.
+        identity: of the model.
+    """
+    return digest([*versions(), *identity, item, "stock" if config is None else digest(config)], letters=LETTERS)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One item of one cell: its address, the cell's name, and what runs; None for the unmodified model."""
+
+    address: str
+    cell: str
+    config: LazyConfig | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of a unit.
+
+    Attributes:
+        address, task, item, cell: of the unit.
+        run, worker, host: where it ran; times are compared within one worker of one run only.
+        sequence: the how many-th it was there, from 0.
+        verdict: the fields of a `Verdict`; None when it failed.
+        error: why it failed.
+    """
+
+    address: str
+    task: str
+    item: str
+    cell: str
+    run: str
+    worker: str
+    host: str
+    sequence: int
+    verdict: Mapping[str, Any] | None = None
+    error: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a result."""
+        return self.verdict is not None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Records of one place may be compared in time."""
+        return self.run, self.worker
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is to be done with one item, by one worker, in this order: the unmodified model, then the others.
+
+    Attributes:
+        ref: the model.
+        item: what is judged.
+        digest: of the item.
+        units: what is missing.
+        stock: address of the unmodified model's unit.
+        reply: what the unmodified model replied, where that is known.
+        retimes: whether the unmodified model runs again for its times, though its result is known.
+    """
+
+    ref: ModelRef
+    item: Item
+    digest: str
+    units: tuple[Unit, ...]
+    stock: str
+    reply: tuple[int, ...] | None = None
+    retimes: bool = False
+
+    def after(self, record: Record) -> Group:
+        """What is left once a unit's result is there."""
+        left = tuple(unit for unit in self.units if unit.address != record.address)
+        if record.address != self.stock or record.verdict is None:
+            return replace(self, units=left)
+        return replace(self, units=left, reply=tuple(record.verdict["reply"]), retimes=False)
+
+    def failed(self, unit: Unit, reason: str, run: str, worker: str) -> Record:
+        """The record of a unit that never ran."""
+        return Record(unit.address, self.item.task, self.digest, unit.cell, run, worker, "", -1, error=reason)
