@@ -22,7 +22,7 @@ from lazyllm.callbacks import ProgressBar, TokenTrace
 from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
 from lazyllm.costs import Cost, Device, ModelShape, Prediction, calibrate, predict
 from lazyllm.costs.device import HERE
-from lazyllm.errors import ConfigError, InputError, LazyLLMError
+from lazyllm.errors import ConfigError, InputError
 from lazyllm.evaluation.options import names_in
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
 from lazyllm.models.quantize import WEIGHTS
@@ -41,6 +41,9 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
     from rich.table import Table
     from rich.text import Text
+
+    from lazyllm.ablation import commands
+    from lazyllm.console import errors_as_lines
 except ImportError as missing:
     raise SystemExit(
         f"the lazyllm command needs {missing.name}, which is not installed: pip install lazyllm-torch[cli]"
@@ -55,16 +58,6 @@ app = typer.Typer(
 )
 
 
-@contextmanager
-def _errors_as_lines() -> Iterator[None]:
-    """Prints an error lazyllm raised on purpose as one line on stderr, exit code 2."""
-    try:
-        yield
-    except LazyLLMError as error:
-        typer.echo("lazyllm: " + "; ".join(str(error).splitlines()), err=True)
-        raise typer.Exit(2) from None
-
-
 # -- generate --------------------------------------------------------------------------------------
 
 
@@ -77,7 +70,7 @@ RecentOption = Annotated[int | None, typer.Option(help="Tokens at the end that a
 
 
 @app.command()
-@_errors_as_lines()
+@errors_as_lines()
 def generate(
     model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")] = None,
@@ -262,7 +255,7 @@ def _write(
 
 
 @app.command()
-@_errors_as_lines()
+@errors_as_lines()
 def policies(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, as on the page of policies.")] = False,
 ) -> None:
@@ -335,7 +328,7 @@ def _preset_summary(name: str) -> str:
 
 
 @app.command()
-@_errors_as_lines()
+@errors_as_lines()
 def inspect_config(
     config: Annotated[str, typer.Argument(help="A preset's name, or the path of a configuration file.")],
     layers: Annotated[int, typer.Option(min=1, help="Number of layers of the model.")] = 32,
@@ -367,7 +360,7 @@ def inspect_config(
 
 
 @app.command("predict")
-@_errors_as_lines()
+@errors_as_lines()
 def predict_costs(
     model: Annotated[str, typer.Argument(help="A shape's name, or a folder with a config.json.")],
     preset: PresetOption = "recommended",
@@ -489,7 +482,7 @@ def _limits(predictions: Sequence[Prediction]) -> Iterator[str]:
 
 
 @app.command("tune")
-@_errors_as_lines()
+@errors_as_lines()
 def tune_schedule(
     model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
     prompts: Annotated[Path, typer.Option(help="Folder of .txt files, or a .jsonl file with a field 'prompt'.")],
@@ -555,6 +548,13 @@ def _tuning_progress() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[work], completed=done, total=total)
 
         yield on_progress
+
+
+# -- studies -----------------------------------------------------------------------------------------
+
+app.command("ablate")(commands.ablate)
+app.command("eval")(commands.evaluate)
+app.add_typer(commands.app, name="study")
 
 
 def main() -> None:

@@ -23,11 +23,11 @@ from lazyllm import (
     TokenTrace,
 )
 from lazyllm.config import preset_names
-from lazyllm.evaluation.compare import STOCK, Journal, compare, run
+from lazyllm.evaluation.compare import Journal, compare, run
 from lazyllm.evaluation.curves import CURVES, curve_points
 from lazyllm.evaluation.digest import digest
 from lazyllm.evaluation.plots import plot_kept, plot_quality
-from lazyllm.evaluation.quality import Contender, Verdict, evidence_recall, judge
+from lazyllm.evaluation.quality import STOCK, Contender, Verdict, evidence_recall, judge
 from lazyllm.evaluation.tasks import TASKS, Item, Maker, make_items
 from tests.tiny import VOCABULARY, tiny_model, word_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lazyllm.config import LazyConfig
 from lazyllm.errors import ConfigError, InputError, unknown
-from lazyllm.evaluation.compare import STOCK
+from lazyllm.evaluation.quality import STOCK
 from lazyllm.evaluation.tasks import TASKS, Layout
 from lazyllm.models.loading import dtype_named
 from lazyllm.models.quantize import weights_named

@@ -29,9 +29,9 @@ class _Actor:
 class ActorHand:
     """An actor, and the stream of what it says about its group."""
 
-    def __init__(self, ray: Any, job: Job, options: dict[str, Any]) -> None:
+    def __init__(self, ray: Any, job: Job, *, gpus: int) -> None:
         self.name, self._ray = job.name, ray
-        self._actor = ray.remote(_Actor).options(max_restarts=0, **options).remote(job)
+        self._actor = ray.remote(_Actor).options(max_restarts=0, num_cpus=1, num_gpus=gpus).remote(job)
         self.stream: Any = None
 
     def give(self, group: Group) -> None:
@@ -63,13 +63,19 @@ class RayCrew:
         InputError: when Ray is not installed, or there is no such cluster.
     """
 
-    def __init__(self, run: str, address: str, load: Load | None = None, **options: Any) -> None:
-        self.run, self._load, self._options = run, load, options
+    def __init__(self, run: str, address: str, load: Load | None = None) -> None:
+        self.run, self._load = run, load
         self._ray = _connected(address)
+        self._resources = self._ray.cluster_resources()
+
+    @property
+    def room(self) -> int:
+        """How many workers the cluster has GPUs for, or CPUs where it has no GPU."""
+        return max(1, int(self._resources.get("GPU") or self._resources.get("CPU", 1)))
 
     def hire(self, name: str) -> ActorHand:
         """A new actor, wherever there is room."""
-        return ActorHand(self._ray, Job(self.run, name, self._load), self._options)
+        return ActorHand(self._ray, Job(self.run, name, self._load), gpus=int("GPU" in self._resources))
 
     def hear(self, hands: Sequence[Hand]) -> Iterator[tuple[Hand, Message]]:
         """Waits for a message of each that has one."""

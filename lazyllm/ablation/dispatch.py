@@ -121,6 +121,7 @@ class Dispatcher:
         try:
             while self._waiting or self._busy:
                 self._give_out()
+                self._rest()
                 for hand, message in self._crew.hear([hand for hand, _ in self._busy.values()]):
                     yield from self._take(hand, message)
         finally:
@@ -142,6 +143,11 @@ class Dispatcher:
                 hand.give(work.group)
             elif not self._idle:
                 return
+
+    def _rest(self) -> None:
+        """Ends those whom nothing waits for: what they hold may be what a new one needs to begin."""
+        while self._idle and not self._waiting:
+            self._idle.pop().dismiss()
 
     def _free(self, ref: ModelRef) -> Hand | None:
         """Somebody who may be able to load the model; where nobody may, one who is idle makes room for another."""

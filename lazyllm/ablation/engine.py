@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lazyllm.ablation.dispatch import Dispatcher, Executor, Serial
@@ -69,19 +70,22 @@ def folder_of(study: Study, out: str | Path | None) -> Path:
     return OUT / study.name if out is None else Path(out)
 
 
+@dataclass(frozen=True)
+class Preview:
+    """A run that has not begun: its work, what is known, what is to be done, and the models."""
+
+    work: Work
+    records: Sequence[Record]
+    groups: Sequence[Group]
+    shelf: Shelf
+
+
 def prepare(study: Study, out: str | Path | None, *, retry: bool = False, load: Load | None = None) -> Preview:
     """What a run would do; writes nothing."""
     folder, shelf = folder_of(study, out), Shelf(load)
     work = make_work(study, shelf)
     records = look_into(folder).records if folder.is_dir() else []
     return Preview(work, records, work.groups(records, retry=retry, retime=False, seed=study.seed), shelf)
-
-
-class Preview:
-    """A run that has not begun: its work, what is known, what is to be done, and the models."""
-
-    def __init__(self, work: Work, records: Sequence[Record], groups: Sequence[Group], shelf: Shelf) -> None:
-        self.work, self.records, self.groups, self.shelf = work, records, groups, shelf
 
 
 def _do(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lazyllm.ablation.cells import LAYOUTS, Cell, ModelRef, stock_cells
+from lazyllm.ablation.cells import LAYOUTS, Cell, stock_cells
 from lazyllm.ablation.models import Loaded, Shelf
 from lazyllm.ablation.study import Study
 from lazyllm.ablation.units import Group, Record, Unit, address
@@ -105,7 +105,6 @@ class Work:
         plan: what results need.
         cells: the cells themselves, the unmodified model's first.
         items: by digest.
-        refs: by digest of an item and address of its stock unit, the model.
     """
 
     plan: Plan
@@ -218,5 +217,3 @@ class _Addresses:
             self._made[key] = [(digest(item, letters=16), item) for item in made]
         return self._made[key]
 
-
-__all__ = ["ModelRef", "Place", "Plan", "Work", "best_of", "make_work"]

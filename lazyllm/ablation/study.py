@@ -18,7 +18,7 @@ from lazyllm.ablation.axes import Axis, Level, shown
 from lazyllm.ablation.cells import Cell, ModelRef, Question, Setting, apply, changed, check_setting, check_tasks
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
-from lazyllm.evaluation.compare import STOCK
+from lazyllm.evaluation.quality import STOCK
 from lazyllm.policies.base import Value
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ from lazyllm.ablation.models import Load, Loaded, Shelf
 from lazyllm.ablation.units import Group, Record, Unit
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError, LazyLLMError
-from lazyllm.evaluation.compare import STOCK
 from lazyllm.evaluation.digest import digest
-from lazyllm.evaluation.quality import Contender, judge
+from lazyllm.evaluation.quality import STOCK, Contender, judge
 from lazyllm.pipeline import LazyPipeline
 
 

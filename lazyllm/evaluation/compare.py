@@ -18,12 +18,8 @@ import numpy as np
 from scipy import stats
 
 from lazyllm.evaluation.digest import digest
-from lazyllm.evaluation.quality import Contender, Verdict, judge
+from lazyllm.evaluation.quality import STOCK, Contender, Verdict, judge
 from lazyllm.evaluation.tasks import Item
-
-STOCK = "stock"
-"""Name of the unmodified model, which everything is compared with."""
-
 
 class Journal:
     """Verdicts by key, kept in a JSON-lines file as they come. A line that was cut off in the middle is dropped."""

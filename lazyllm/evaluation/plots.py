@@ -79,7 +79,8 @@ def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:
 
     Contenders whose names differ only behind an `@` are points of one curve.
     """
-    from lazyllm.evaluation.compare import STOCK, groups
+    from lazyllm.evaluation.compare import groups
+    from lazyllm.evaluation.quality import STOCK
 
     tasks = {task: [line for line in group if line.contender != STOCK] for task, group in groups(lines)}
     methods = list(dict.fromkeys(_method(line) for line in lines if line.contender != STOCK))

@@ -23,6 +23,9 @@ from lazyllm.evaluation.tasks import Item
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.prompts import EncodedPrompt, Prompt, end_token_ids, tokens_touching
 
+STOCK = "stock"
+"""Name of the unmodified model, which everything is compared with."""
+
 
 @dataclass(frozen=True)
 class Recall:

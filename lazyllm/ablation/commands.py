@@ -1,0 +1,196 @@
+"""The commands of studies: ablate, eval, and study status, table and export."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from lazyllm.ablation.study import Study
+from lazyllm.console import errors_as_lines
+from lazyllm.costs import Device
+from lazyllm.costs.device import HERE
+from lazyllm.evaluation.options import names_in
+
+if TYPE_CHECKING:
+    from lazyllm.ablation.engine import StudyCallback
+    from lazyllm.ablation.results import Results
+
+app = typer.Typer(help="Reads the results of a study.", no_args_is_help=True)
+
+OutOption = Annotated[Path | None, typer.Option(help="Folder of the results; out/NAME without it.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="Processes that share the work.")]
+RayOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster, 'local' for one of this machine.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be run and what it costs.")]
+RetryOption = Annotated[bool, typer.Option("--retry", help="Run again what failed before.")]
+RetimeOption = Annotated[bool, typer.Option("--retime", help="Time the unmodified model again beside new cells.")]
+OnOption = Annotated[str, typer.Option(help="The device of --dry-run, as in predict.")]
+TrackOption = Annotated[list[str] | None, typer.Option(help="mlflow:URI or tensorboard:FOLDER.")]
+FolderArgument = Annotated[Path, typer.Argument(help="Folder of the results.")]
+
+
+@errors_as_lines()
+def ablate(
+    study: Annotated[Path, typer.Argument(help="The study, a YAML or JSON file.")],
+    out: OutOption = None,
+    workers: WorkersOption = 1,
+    ray: RayOption = None,
+    dry_run: DryRunOption = False,
+    retry: RetryOption = False,
+    retime: RetimeOption = False,
+    device: OnOption = "h100-sxm",
+    track: TrackOption = None,
+) -> None:
+    """Runs a study, or goes on with it where it stopped."""
+    loaded = Study.load(study)
+    if dry_run:
+        _preview(loaded, out, retry, device)
+    else:
+        _run(loaded, out, workers, ray, retry, retime, track or [])
+
+
+@errors_as_lines()
+def evaluate(
+    preset: Annotated[str, typer.Option(help="Presets, or paths of configurations.")] = "recommended",
+    tasks: Annotated[str, typer.Option(help="Names of tasks.")] = "needle,squad",
+    items: Annotated[int, typer.Option(min=1, help="Items of every task.")] = 24,
+    tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2048,
+    question: Annotated[str, typer.Option(help="Where it stands: last, first or middle.")] = "last",
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or the packaged SmolLM2.")] = "packaged",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
+    name: Annotated[str, typer.Option(help="What the study is called.")] = "eval",
+    out: OutOption = None,
+    workers: WorkersOption = 1,
+    ray: RayOption = None,
+    dry_run: DryRunOption = False,
+    retry: RetryOption = False,
+    retime: RetimeOption = False,
+    device: OnOption = "h100-sxm",
+) -> None:
+    """Judges configurations beside the unmodified model: a study with a cell for each."""
+    study = Study(
+        name=name, model=model, dtype=dtype, tasks=dict.fromkeys(names_in(tasks), items), tokens=tokens,
+        question=question, seed=seed, cells=[{"preset": one, "name": Path(one).stem} for one in names_in(preset)],
+    )  # fmt: skip
+    if dry_run:
+        _preview(study, out, retry, device)
+    else:
+        _run(study, out, workers, ray, retry, retime, [])
+
+
+@app.command()
+@errors_as_lines()
+def status(folder: FolderArgument) -> None:
+    """Shows how far a study is, and why units failed."""
+    results = _results(folder)
+    table = Table("task", "cell", box=SIMPLE, title=results.plan.name)
+    for column in ("done", "failed", "missing"):
+        table.add_column(column, justify="right")
+    for line in results.status():
+        table.add_row(line.task, line.cell, *(str(count) for count in (line.done, line.failed, line.missing)))
+    Console().print(table)
+    _say(results)
+
+
+@app.command()
+@errors_as_lines()
+def table(folder: FolderArgument) -> None:
+    """Shows every cell beside the unmodified model, task by task."""
+    results = _results(folder)
+    _show(results, folder)
+
+
+@app.command()
+@errors_as_lines()
+def export(
+    folder: FolderArgument,
+    to: Annotated[Path, typer.Option("--to", "-o", help="A .csv, .json, .md or .parquet file.")],
+) -> None:
+    """Writes the results to a file: units as CSV, JSON or Parquet, lines as Markdown."""
+    from lazyllm.ablation.tables import export as write
+
+    typer.echo(f"written: {write(_results(folder), to)}")
+
+
+def _results(folder: Path) -> Results:
+    from lazyllm.ablation.results import Results
+
+    return Results.load(folder)
+
+
+def _run(
+    study: Study, out: Path | None, workers: int, ray: str | None, retry: bool, retime: bool, track: list[str]
+) -> None:
+    from lazyllm.ablation.engine import folder_of
+    from lazyllm.ablation.progress import ProgressLine
+    from lazyllm.ablation.trackers import tracker_named
+
+    for notice in study.notices():
+        typer.echo(notice, err=True)
+    callbacks: list[StudyCallback] = [tracker_named(text) for text in track]
+    with ExitStack() as stack:
+        callbacks.append(stack.enter_context(ProgressLine(Console(stderr=True))))
+        results = study.run(
+            out, workers=workers, ray=ray, retry=retry, retime=retime, callbacks=callbacks
+        )  # fmt: skip
+    _show(results, folder_of(study, out))
+
+
+def _show(results: Results, folder: Path) -> None:
+    from lazyllm.ablation.tables import table as view
+
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(view(results.lines(), f"{results.plan.name}: {folder}"))
+    _say(results)
+
+
+def _say(results: Results) -> None:
+    for reason, count in results.failures():
+        typer.echo(f"{count} units failed: {reason}", err=True)
+    for notice in results.notices:
+        typer.echo(notice, err=True)
+
+
+def _preview(study: Study, out: Path | None, retry: bool, device: str) -> None:
+    from lazyllm.ablation.engine import prepare
+    from lazyllm.ablation.forecast import forecast
+
+    numbers = device_named(device)
+    preview = prepare(study, out, retry=retry)
+    lines = list(forecast(preview, numbers))
+    table = Table("cell", box=SIMPLE, title=f"{study.name}, on {numbers.name}")
+    for column in ("known", "to do", "TFLOP", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(line.cell, str(line.known), str(line.todo), *_costs(line.flops, line.seconds))
+    flops, seconds = sum(line.flops or 0 for line in lines), sum(line.seconds or 0 for line in lines)
+    table.add_section()
+    known, todo = sum(line.known for line in lines), sum(line.todo for line in lines)
+    table.add_row("all", str(known), str(todo), *_costs(flops, seconds))
+    Console().print(table)
+    for notice in preview.work.plan.notices:
+        typer.echo(notice, err=True)
+
+
+def _costs(flops: float | None, seconds: float | None) -> tuple[str, str]:
+    if flops is None or seconds is None:
+        return "-", "-"
+    return f"{flops / 1e12:,.1f}", f"{seconds:.2f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def device_named(name: str) -> Device:
+    """A device by name, from a file, or this machine, measured."""
+    if name == HERE:
+        from lazyllm.costs import calibrate
+
+        with Console(stderr=True).status("measuring this machine"):
+            return calibrate()
+    return Device.load(name) if Path(name).suffix == ".json" else Device.named(name)
+

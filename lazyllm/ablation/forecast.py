@@ -1,0 +1,59 @@
+"""What a study will cost before it runs: units known and to do, operations, and time on a device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lazyllm.ablation.cells import Cell
+from lazyllm.ablation.engine import Preview
+from lazyllm.config import LazyConfig
+from lazyllm.costs import Device, ModelShape, predict
+from lazyllm.errors import UnsupportedModelError
+from lazyllm.evaluation.tasks import Item
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One cell before it runs.
+
+    Attributes:
+        cell: its name.
+        known, todo: numbers of units; what it shares with another cell is counted there.
+        flops: operations of the prefills to do; None for a model whose costs are not known.
+        seconds: their time, and that of the replies.
+    """
+
+    cell: str
+    known: int
+    todo: int
+    flops: float | None
+    seconds: float | None
+
+
+def forecast(preview: Preview, device: Device) -> Iterator[Forecast]:
+    """Every cell of a run that has not begun; prompts are taken to have the length they were asked to have."""
+    done = {record.address for record in preview.records}
+    todo = [(unit.cell, group.item) for group in preview.groups for unit in group.units]
+    waiting = {unit.address for group in preview.groups for unit in group.units}
+    known = Counter(place.cell for place in preview.work.plan.places if place.address in done - waiting)
+    for cell in preview.work.cells.values():
+        items = [item for name, item in todo if name == cell.name]
+        flops, seconds = _cost(preview, cell, items, device)
+        yield Forecast(cell.name, known[cell.name], len(items), flops, seconds)
+
+
+def _cost(preview: Preview, cell: Cell, items: list[Item], device: Device) -> tuple[float | None, float | None]:
+    """Operations and seconds; every reply is written once and read once."""
+    if not items:
+        return 0.0, 0.0
+    try:
+        shape = ModelShape.of(preview.shelf.get(cell.setting.ref).model.config)
+    except UnsupportedModelError:
+        return None, None
+    config = cell.config or LazyConfig.preset("dense")
+    prediction = predict(shape, config, device, tokens=cell.setting.tokens)
+    cost = prediction.dense if cell.is_stock else prediction.pruned
+    steps = sum(2 * item.new_tokens for item in items)
+    return len(items) * float(cost.flops), len(items) * cost.ttft_seconds + steps * cost.seconds_per_output_token

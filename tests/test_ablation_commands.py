@@ -1,0 +1,126 @@
+"""Studies from the command line, on a tiny model in a folder, and in trackers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lazyllm import InputError
+from lazyllm.ablation.trackers import MLflow, TensorBoard, tracker_named
+from lazyllm.cli import app
+from tests.studies import load, small, tiny
+
+STUDY = """
+model: {model}
+dtype: float64
+tasks: {{records: 2}}
+tokens: 300
+config: {{scorer: SinkRecent, schedule: "Constant(0.5, start=1)"}}
+axes:
+  - {{field: protect.recent, values: [4, 16]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    for part in tiny():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def lazyllm(model, tmp_path, monkeypatch):
+    """Runs `lazyllm ...` in an empty folder with a study in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "250")
+    Path("window.yaml").write_text(STUDY.format(model=model))
+
+    def run(*arguments, code: int = 0):
+        result = CliRunner().invoke(app, [str(part) for part in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+def test_a_study_is_one_file_and_one_command(lazyllm):
+    dry = lazyllm("ablate", "window.yaml", "--dry-run").stdout
+    assert [line.split()[-5:-3] for line in dry.splitlines() if "recent=" in line] == [["0", "2"]] * 2
+    assert not Path("out").exists()
+    shown = lazyllm("ablate", "window.yaml").stdout
+    assert all(name in shown for name in ("stock", "protect.recent=4", "protect.recent=16", "change of loss"))
+    assert len(Path("out/window/results.jsonl").read_text().splitlines()) == 6
+    again = lazyllm("ablate", "window.yaml").stdout
+    assert again == shown
+    assert len(Path("out/window/results.jsonl").read_text().splitlines()) == 6
+    assert lazyllm("study", "table", "out/window").stdout == shown
+    dry = lazyllm("ablate", "window.yaml", "--dry-run").stdout
+    assert [line.split()[-5:-3] for line in dry.splitlines() if "recent=" in line] == [["2", "0"]] * 2
+
+
+def test_results_are_read_from_a_folder(lazyllm):
+    lazyllm("ablate", "window.yaml", "--out", "here")
+    state = lazyllm("study", "status", "here").stdout
+    assert [line.split() for line in state.splitlines() if "recent=4" in line] == [
+        ["records", "protect.recent=4", "2", "0", "0"]
+    ]
+    lazyllm("study", "export", "here", "--to", "results.json")
+    assert len(json.loads(Path("results.json").read_text())["units"]) == 6
+    refused = lazyllm("study", "export", "here", "--to", "results.doc", code=2)
+    assert "unknown format 'doc'" in refused.stderr
+    assert "holds no study" in lazyllm("study", "table", "nowhere", code=2).stderr
+
+
+def test_an_evaluation_is_a_study(lazyllm, model):
+    options = ["--tasks", "records,table", "--items", 1, "--tokens", 300, "--model", model, "--dtype", "float64"]
+    shown = lazyllm("eval", "--preset", "random-drop,streamingllm", *options).stdout
+    assert all(name in shown for name in ("stock", "random-drop", "streamingllm", "records", "table"))
+    assert len(Path("out/eval/results.jsonl").read_text().splitlines()) == 2 * 3
+    assert lazyllm("eval", "--preset", "random-drop,streamingllm", *options).stdout == shown
+
+
+def test_a_wrong_study_is_one_line(lazyllm):
+    path = Path("wrong.yaml")
+    path.write_text("tasks: {needles: 3}")
+    result = lazyllm("ablate", path, code=2)
+    assert result.stderr.startswith("lazyllm: ")
+    assert "Did you mean 'needle'" in result.stderr
+    assert "cannot read the study" in lazyllm("ablate", "none.yaml", code=2).stderr
+    assert "unknown device" in lazyllm("ablate", "window.yaml", "--dry-run", "--device", "h1000", code=2).stderr
+    assert "unknown tracker 'wandb'" in lazyllm("ablate", "window.yaml", "--track", "wandb", code=2).stderr
+
+
+def test_cells_that_are_the_same_are_said(lazyllm):
+    text = Path("window.yaml").read_text() + "cells: [{name: twin, protect.recent: 16}]\n"
+    Path("window.yaml").write_text(text)
+    assert "'twin' is the same as 'protect.recent=16'" in lazyllm("ablate", "window.yaml").stderr
+
+
+def test_mlflow_gets_a_run_per_cell(tmp_path):
+    import mlflow
+
+    uri = str(tmp_path / "mlruns")
+    study = small(axes=[{"field": "protect.recent", "values": [4, 16]}])
+    for _ in range(2):
+        study.run(tmp_path / "out", load=load, callbacks=[MLflow(uri)])
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([client.get_experiment_by_name("study").experiment_id])
+    by_name = {run.data.tags["mlflow.runName"]: run for run in runs}
+    assert len(runs) == 3
+    assert by_name["protect.recent=4"].data.params["protect.recent"] == "4"
+    assert by_name["stock"].data.metrics["records/loss"] > 0
+
+
+def test_tensorboard_gets_a_folder_per_cell(tmp_path):
+    study = small(axes=[{"field": "protect.recent", "values": [4]}])
+    study.run(tmp_path / "out", load=load, callbacks=[TensorBoard(tmp_path / "runs")])
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"stock", "protect.recent=4"}
+    assert all(list(path.glob("events*")) for path in (tmp_path / "runs").iterdir())
+
+
+def test_an_unknown_tracker_is_refused():
+    with pytest.raises(InputError, match=r"'mlflw'.*Did you mean 'mlflow'"):
+        tracker_named("mlflw:here")
