@@ -6,7 +6,7 @@ import math
 import random as randomness
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Annotated, Any
 
@@ -26,10 +26,12 @@ class Level:
     Attributes:
         label: what it is called.
         changes: values by dotted path of a field.
+        parts: of a sweep, its numbers by their names; each name is an axis in tables and pictures.
     """
 
     label: str
     changes: Mapping[str, Any]
+    parts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Span(Value):
@@ -152,45 +154,56 @@ class Axis(Value):
         """What it is called."""
         return self.name or "+".join(self.paths)
 
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What cells are labelled by: its own name, and those of a sweep's numbers."""
+        return tuple(dict.fromkeys((self.title, *(self.over if self.sweep is not None else ()))))
+
     def levels(self, seed: int) -> list[Level]:
         """Its points, in the order they were given; drawn numbers go by the seed and the axis' name."""
-        found = [Level(label, changes) for label, changes in self._points(seed)]
+        found = list(self._points(seed))
         labels = self.labels or ()
         if len(labels) == len(found):
-            found = [Level(label, level.changes) for label, level in zip(labels, found, strict=True)]
+            found = [replace(level, label=label) for label, level in zip(labels, found, strict=True)]
         return list({level.label: level for level in found}.values()) if self.random is not None else found
 
-    def _points(self, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _points(self, seed: int) -> Iterator[Level]:
         if self.zip is not None:
             for values in zip(*self.zip.values(), strict=True):
-                yield " + ".join(map(shown, values)), dict(zip(self.zip, values, strict=True))
-            return
-        for label, value in self._values(seed):
-            yield label, {str(self.field): value}
+                yield Level(" + ".join(map(shown, values)), dict(zip(self.zip, values, strict=True)))
+        elif self.sweep is not None:
+            for parts, text in _swept(self.sweep, self.over):
+                yield Level(_told(parts), {str(self.field): text}, parts)
+        else:
+            for label, value in self._values(seed):
+                yield Level(label, {str(self.field): value})
 
     def _values(self, seed: int) -> Iterator[tuple[str, Any]]:
         if isinstance(self.values, dict):
             yield from self.values.items()
-        elif self.values is not None:
-            yield from ((shown(value), value) for value in self.values)
         elif self.random is not None:
             rng = randomness.Random(f"{seed} {self.title}")
             drawn = [self.random.number(rng) for _ in range(self.draws)]
             yield from ((shown(value), value) for value in drawn)
         else:
-            yield from _swept(str(self.sweep), self.over)
+            yield from ((shown(value), value) for value in self.values or ())
 
 
-def _swept(text: str, over: Mapping[str, Span | Sequence[float]]) -> Iterator[tuple[str, str]]:
-    """Every combination of the numbers, by what they are, in the text."""
+def _swept(text: str, over: Mapping[str, Span | Sequence[float]]) -> Iterator[tuple[dict[str, str], str]]:
+    """Every combination of the numbers, by name, and the text that holds them."""
     columns = [span.numbers() if isinstance(span, Span) else [_short(number) for number in span]
                for span in over.values()]  # fmt: skip
     for numbers in product(*columns):
+        parts = {name: shown(number) for name, number in zip(over, numbers, strict=True)}
         filled = text
-        for name, number in zip(over, numbers, strict=True):
-            filled = re.sub(rf"\b{name.upper()}\b", shown(number), filled)
-        names = [f"{name} " for name in over] if len(over) > 1 else [""]
-        yield ", ".join(name + shown(number) for name, number in zip(names, numbers, strict=True)), filled
+        for name, number in parts.items():
+            filled = re.sub(rf"\b{name.upper()}\b", number, filled)
+        yield parts, filled
+
+
+def _told(parts: Mapping[str, str]) -> str:
+    """The numbers of a sweep as one label."""
+    return next(iter(parts.values())) if len(parts) == 1 else ", ".join(" ".join(part) for part in parts.items())
 
 
 def shown(value: Any) -> str:

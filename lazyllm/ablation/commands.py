@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
 from lazyllm.console import errors_as_lines
 from lazyllm.costs import Device
@@ -117,6 +118,24 @@ def export(
     from lazyllm.ablation.tables import export as write
 
     typer.echo(f"written: {write(_results(folder), to)}")
+
+
+@app.command()
+@errors_as_lines()
+def figures(
+    folder: FolderArgument,
+    to: Annotated[Path | None, typer.Option("--to", help="Where the pictures go; the same folder without it.")] = None,
+    ending: Annotated[str, typer.Option(help="Their format: png, svg or pdf.")] = "png",
+) -> None:
+    """Draws the figures that the study names."""
+    from lazyllm.ablation.figures import save_picture
+
+    results, study = _results(folder), Study.load(folder / STUDY)
+    for number, picture in enumerate(study.figures, 1):
+        path = (to or folder) / f"{study.name}-{number}-{picture.kind}.{ending}"
+        typer.echo(f"written: {save_picture(results, picture, path)}")
+    if not study.figures:
+        typer.echo(f"the study {study.name!r} names no figures")
 
 
 def _results(folder: Path) -> Results:

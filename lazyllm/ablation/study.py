@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from lazyllm.ablation.axes import Axis, Level, shown
 from lazyllm.ablation.cells import Cell, ModelRef, Question, Setting, apply, changed, check_setting, check_tasks
+from lazyllm.ablation.figures import Picture
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
 from lazyllm.evaluation.quality import STOCK
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 100_000
 """More than that is a mistake in an axis."""
-NAME, CELL_NAME = "name", "name"
+NAME = "name"
 
 
 def base_config(spec: Any) -> LazyConfig:
@@ -56,6 +57,20 @@ class Drawn(Value):
     random: Annotated[int, Field(ge=1)]
 
 
+class Entry(Value):
+    """What an explicit cell may say beside its changes.
+
+    Attributes:
+        name: what it is called.
+        labels: where it lies on axes.
+        axes: its product with these is run.
+    """
+
+    name: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
+    axes: tuple[Axis, ...] = ()
+
+
 class Study(Value):
     """Configurations beside the unmodified model on the same items: the product of some axes, and cells of their own.
 
@@ -71,7 +86,9 @@ class Study(Value):
         config: what the axes vary: a preset, a path, or a mapping of fields with an optional `preset`.
         axes: their product is run.
         combine: "grid" for all of the product, or `{"random": 20}` for so many cells of it.
-        cells: explicit ones, each a mapping of changes with an optional `name`.
+        cells: explicit ones, each a mapping of changes; with `axes` of its own it stands for their product, `labels`
+            say where it lies on axes that it does not change, and `name` what it is called.
+        figures: pictures of the results, for `lazyllm study figures` and the report.
 
     Raises:
         ConfigError: for anything that cannot be, with the nearest name that exists.
@@ -93,6 +110,7 @@ class Study(Value):
     axes: tuple[Axis, ...] = ()
     combine: Literal["grid"] | Drawn = "grid"
     cells: tuple[dict[str, Any], ...] = ()
+    figures: tuple[Picture, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -105,7 +123,9 @@ class Study(Value):
 
     @model_validator(mode="after")
     def _check(self) -> Study:
-        self.all_cells()
+        titles = {title for cell in self.all_cells() for title in cell.labels}
+        for picture in self.figures:
+            picture.check_axes(titles)
         return self
 
     @classmethod
@@ -157,8 +177,7 @@ class Study(Value):
         Raises:
             ConfigError: when one cannot be, or two have one name.
         """
-        self._check_axes()
-        made = [*self._crossed(), *(self._explicit(changes) for changes in self.cells)]
+        made = [*self._crossed(self.axes), *(cell for entry in self.cells for cell in self._explicit(entry))]
         if not made:
             made = [self._cell(self._own_name(), {}, {})]
         names = [cell.name for cell in made]
@@ -218,18 +237,19 @@ class Study(Value):
     def _own_name(self) -> str:
         return next((name for name in preset_names() if LazyConfig.preset(name) == self.config), "config")
 
-    def _check_axes(self) -> None:
-        paths = [path for axis in self.axes for path in axis.paths]
-        if twice := [path for path in paths if paths.count(path) > 1]:
-            raise ConfigError(f"two axes change {twice[0]!r}")
-        titles = [axis.title for axis in self.axes]
-        if twice := [title for title in titles if titles.count(title) > 1]:
-            raise ConfigError(f"two axes are called {twice[0]!r}")
-
-    def _crossed(self) -> Iterator[Cell]:
-        if not self.axes:
+    def _crossed(
+        self,
+        axes: Sequence[Axis],
+        *,
+        name: str = "",
+        changes: Mapping[str, Any] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Iterator[Cell]:
+        """The product of some axes; each cell has the changes and labels that are given too."""
+        if not axes:
             return
-        columns = [axis.levels(self.seed) for axis in self.axes]
+        _check_axes(axes, changes or {})
+        columns = [axis.levels(self.seed) for axis in axes]
         if (count := prod(map(len, columns))) > MOST_CELLS:
             raise ConfigError(f"the axes give {count:,} cells, more than {MOST_CELLS:,}")
         points: list[tuple[Level, ...]] = list(product(*columns))
@@ -237,17 +257,25 @@ class Study(Value):
             drawn = random.Random(f"{self.seed} cells").sample(range(len(points)), self.combine.random)
             points = [points[index] for index in sorted(drawn)]
         for point in points:
-            labels = {axis.title: level.label for axis, level in zip(self.axes, point, strict=True)}
-            changes = {path: value for level in point for path, value in level.changes.items()}
-            yield self._cell(", ".join(f"{title}={label}" for title, label in labels.items()), changes, labels)
+            own = {axis.title: level.label for axis, level in zip(axes, point, strict=True)}
+            told = ", ".join([*([name] if name else []), *(f"{title}={label}" for title, label in own.items())])
+            parts = {title: part for level in point for title, part in level.parts.items()}
+            changed = {path: value for level in point for path, value in level.changes.items()}
+            yield self._cell(told, {**(changes or {}), **changed}, {**(labels or {}), **own, **parts})
 
-    def _explicit(self, given: Mapping[str, Any]) -> Cell:
-        changes = {path: value for path, value in given.items() if path != CELL_NAME}
-        parts = [shown(value) if path == "preset" else f"{path}={shown(value)}" for path, value in changes.items()]
+    def _explicit(self, entry: Mapping[str, Any]) -> Iterator[Cell]:
+        """The cells of an entry of `cells`."""
+        given = Entry(**{key: value for key, value in entry.items() if key in Entry.model_fields})
+        changes = {path: value for path, value in entry.items() if path not in Entry.model_fields}
         titles = {axis.title: axis.paths for axis in self.axes}
         labels = {title: " + ".join(shown(changes[path]) for path in paths)
-                  for title, paths in titles.items() if all(path in changes for path in paths)}  # fmt: skip
-        return self._cell(str(given.get(CELL_NAME) or ", ".join(parts) or self._own_name()), changes, labels)
+                  for title, paths in titles.items() if all(path in changes for path in paths)} | given.labels  # fmt: skip
+        if given.axes:
+            name = given.name or ", ".join(given.labels.values())
+            yield from self._crossed(given.axes, name=name, changes=changes, labels=labels)
+            return
+        parts = [shown(value) if path == "preset" else f"{path}={shown(value)}" for path, value in changes.items()]
+        yield self._cell(given.name or ", ".join(parts) or self._own_name(), changes, labels)
 
     def _cell(self, name: str, changes: Mapping[str, Any], labels: Mapping[str, str]) -> Cell:
         try:
@@ -255,3 +283,13 @@ class Study(Value):
         except ConfigError as error:
             raise ConfigError(f"cell {name!r}: {error}") from None
         return Cell(name, setting, config, labels)
+
+
+def _check_axes(axes: Sequence[Axis], changes: Mapping[str, Any]) -> None:
+    """Refuses axes that change one field twice, or are called the same."""
+    paths = [*changes, *(path for axis in axes for path in axis.paths)]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise ConfigError(f"two axes change {twice[0]!r}")
+    titles = [title for axis in axes for title in axis.titles]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise ConfigError(f"two axes are called {twice[0]!r}")

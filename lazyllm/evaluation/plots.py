@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lazyllm.callbacks import TokenTrace
     from lazyllm.costs import Prediction
     from lazyllm.evaluation.bench import BenchReport, Spread
-    from lazyllm.evaluation.compare import Line
+    from lazyllm.evaluation.compare import Effect, Line
     from lazyllm.evaluation.engines import EngineReport
     from lazyllm.evaluation.limits import Entry
     from lazyllm.evaluation.memory import ReplySize
@@ -335,17 +335,36 @@ def _middles_and_reach(spreads: Sequence[Spread], *, factor: float = 1.0) -> tup
     ]
 
 
-def _new_figure(path: str | Path, size: tuple[float, float]) -> tuple[Path, Any]:
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure
 
+    return Figure(figsize=size, layout="constrained")
+
+
+def tidied(figure: Any) -> Any:
+    """The figure without boxes around panels and legends."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.legend_ is not None:
+            axes.legend_.set_frame_on(False)
+    return figure
+
+
+def reach_of(effects: Sequence[Effect]) -> list[list[float]]:
+    """How far intervals lie below and above their estimates."""
+    return [
+        [effect.estimate - effect.low for effect in effects],
+        [effect.high - effect.estimate for effect in effects],
+    ]
+
+
+def _new_figure(path: str | Path, size: tuple[float, float]) -> tuple[Path, Any]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path, Figure(figsize=size, layout="constrained")
+    return path, new_figure(size)
 
 
 def _save(figure: Any, path: Path) -> Path:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend_.set_frame_on(False)
-    figure.savefig(path, dpi=DPI)
+    tidied(figure).savefig(path, dpi=DPI)
     return path
