@@ -210,7 +210,8 @@ def _draw_curves(axes: Any, picture: Picture, cells: Cells, stock: Line | None) 
         axes.tick_params(axis="x", which="both", labelsize=7)
     elif ticks is not None:
         axes.set_xticks(list(ticks.values()), list(ticks), rotation=20, ha="right", fontsize=7)
-    axes.legend(loc="best", fontsize=7)
+    if axes.get_legend_handles_labels()[0]:  # a task without this measure has nothing to name
+        axes.legend(loc="best", fontsize=7)
 
 
 def _draw_curve(

@@ -1,0 +1,136 @@
+"""Pictures of studies show the numbers of their lines, and refuse what a study does not have."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyllm import ConfigError, InputError
+from lazyllm.ablation import Study
+from lazyllm.ablation.figures import MEASURES, Picture, draw, front, save_picture, svg_of
+from lazyllm.ablation.results import Results
+from tests.studies import load, small
+
+SWEEP = {"field": "schedule", "sweep": "Stages({LAYER: KEEP})", "layer": [0, 1], "keep": [0.2, 0.6]}
+METHODS = [
+    {"scorer": "SinkRecent", "labels": {"method": "recent"}, "axes": [SWEEP]},
+    {"scorer": "Random", "labels": {"method": "random"}, "axes": [SWEEP]},
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Results:
+    return small(cells=METHODS).run(tmp_path_factory.mktemp("study"), load=load)
+
+
+def test_cells_may_have_axes_of_their_own_and_say_where_they_lie():
+    made = small(cells=METHODS).all_cells()
+    assert len(made) == 8
+    assert {cell.labels["method"] for cell in made} == {"recent", "random"}
+    assert [(cell.labels["layer"], cell.labels["keep"]) for cell in made[:4]] == [
+        ("0", "0.2"),
+        ("0", "0.6"),
+        ("1", "0.2"),
+        ("1", "0.6"),
+    ]
+    assert str(made[1].config.schedule) == "Stages(stages={0: 0.6})"
+
+
+def test_axes_of_a_cell_must_not_change_what_it_changes():
+    with pytest.raises(ConfigError, match="two axes change 'schedule'"):
+        small(cells=[{"schedule": "Constant(keep=0.5)", "axes": [SWEEP]}])
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_curves_hold_the_numbers_of_the_lines(results: Results, measure: str):
+    picture = Picture(kind="curves", x="keep", y=measure, by="method")
+    figure = draw(results, picture)
+    assert any(axes.containers for axes in figure.axes) or measure in ("score", "recall")
+    for axes in figure.axes:
+        lines = {line.contender: line for line in results.lines() if line.task == axes.get_title()}
+        drawn = {
+            container.get_label(): container.lines[0].get_xydata()
+            for container in axes.containers
+        }
+        for method, points in drawn.items():
+            wanted = sorted(
+                (float(cell.labels["keep"]), effect.estimate)
+                for cell in results.plan.cells.values()
+                if cell.labels.get("method") == method
+                and (effect := MEASURES[measure].read(lines[cell.name])) is not None
+            )
+            assert len(wanted) == 4
+            assert np.allclose(sorted(points.tolist()), wanted)
+
+
+def test_a_map_has_a_field_for_every_pair_of_labels(results: Results):
+    figure = draw(results, Picture(kind="map", x="layer", y="keep", of="computed_fraction"))
+    grid = figure.axes[0].images[0].get_array()
+    assert grid.shape == (2, 2)
+    by_place: dict[tuple[str, str], list[float]] = {}
+    for line in (line for line in results.lines() if line.task == figure.axes[0].get_title()):
+        labels = results.plan.cells[line.contender].labels
+        if labels:
+            by_place.setdefault((labels["keep"], labels["layer"]), []).append(line.computed_fraction)
+    wanted = [[np.mean(by_place[keep, layer]) for layer in ("0", "1")] for keep in ("0.2", "0.6")]
+    assert np.allclose(grid, wanted)
+    assert wanted[0][0] < wanted[1][1]
+
+
+def test_growth_begins_with_the_prefill_and_never_falls(results: Results):
+    figure = draw(results, Picture(kind="growth"))
+    assert len(figure.axes) == 8
+    for axes in figure.axes:
+        bands = [line.get_ydata() for line in axes.lines]
+        assert bands
+        for shares in bands:
+            assert all(before <= after + 1e-12 for before, after in zip(shares, shares[1:], strict=False))
+        assert bands[0][0] >= bands[-1][0], "later layers have computed fewer tokens"
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1), st.tuples(st.booleans(), st.booleans()))
+def test_a_front_is_what_nothing_beats(points, high):
+    def beats(one, other):
+        better = [a >= b if up else a <= b for a, b, up in zip(one, other, high, strict=True)]
+        return all(better) and one != other
+
+    found = front(points, high)
+    assert found == sorted(set(found))
+    assert set(found) == {point for point in points if not any(beats(other, point) for other in points)}
+
+
+def test_a_picture_is_the_same_text_every_time(results: Results, tmp_path):
+    picture = Picture(kind="front", x="computed_fraction", y="loss_change", by="method", title="a <front> & more")
+    assert svg_of(results, picture) == svg_of(results, picture)
+    assert "a &lt;front&gt; &amp; more" in svg_of(results, picture)
+    assert save_picture(results, picture, tmp_path / "new" / "front.png").stat().st_size > 1000
+    with pytest.raises(InputError, match="cannot write"):
+        save_picture(results, picture, tmp_path / "front.strange")
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        ({"kind": "curves", "y": "lost"}, "unknown measure 'lost'.*loss"),
+        ({"kind": "map", "of": "beauty"}, "unknown measure 'beauty'"),
+        ({"kind": "front", "x": "keep", "y": "loss"}, "a front is drawn over a measure"),
+        ({"kind": "map", "x": "layre", "y": "keep"}, "unknown axis 'layre'. Did you mean 'layer'"),
+        ({"kind": "curves", "x": "keep", "by": "methods"}, "unknown axis 'methods'. Did you mean 'method'"),
+        ({"kind": "pie"}, "kind"),
+    ],
+)
+def test_a_picture_of_what_a_study_lacks_is_refused_before_anything_runs(picture, message):
+    with pytest.raises(ConfigError, match=message):
+        small(cells=METHODS, figures=[picture])
+
+
+def test_a_study_without_results_has_nothing_to_draw(results: Results):
+    empty = Results(results.plan, [], results.items)
+    for kind in ("curves", "growth"):
+        with pytest.raises(InputError, match="no results to draw yet"):
+            draw(empty, Picture(kind=kind, x="keep"))
+
+
+def test_figures_stand_in_the_file_of_a_study():
+    study = small(cells=METHODS, figures=[{"kind": "curves", "x": "keep", "y": "loss", "by": "method"}])
+    assert Study.from_text(study.to_yaml(), name=study.name).figures == study.figures
