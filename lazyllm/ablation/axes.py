@@ -108,7 +108,9 @@ class Axis(Value):
     @model_validator(mode="before")
     @classmethod
     def _collect(cls, data: Any) -> Any:
-        """Takes what stands beside a sweep under names of its own as its numbers."""
+        """Takes what stands beside a sweep under names of its own as its numbers, and labels as text."""
+        if isinstance(data, Mapping) and isinstance(data.get("values"), Mapping):
+            return {**data, "values": {shown(label): value for label, value in data["values"].items()}}
         if not isinstance(data, Mapping) or not isinstance(data.get("sweep"), str):
             return data
         own = {key: value for key, value in data.items() if key not in cls.model_fields}
