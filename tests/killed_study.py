@@ -1,4 +1,4 @@
-"""Kills a study again and again, at random points and in the middle of a line, and compares what comes of it in the end.
+"""Kills a study again and again, at random points and in the middle of a line, and compares what comes of it.
 
 Run as a program: it prints, as JSON, how often the study was killed and whether tables and units are as they should be.
 Children are forked from this process, which has imported everything and started no thread.
@@ -16,8 +16,9 @@ from typing import NoReturn
 
 import torch
 
+from lazyllm.ablation import plan
 from lazyllm.ablation.results import Results
-from tests.studies import figures, load, small
+from tests.studies import figures, load, short_items, small
 
 LEAST_KILLS = 50
 
@@ -71,6 +72,7 @@ def _ended(status: int) -> bool:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    plan.make_items = short_items
     loaded = load(study().setting.ref)
     expected = figures(study().run(folder / "whole", load=lambda ref: loaded))
     rng, kills, same, once = random.Random(0), 0, [], []

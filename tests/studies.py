@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lazyllm import Scorer
 from lazyllm.ablation import Study
 from lazyllm.ablation.results import Results
+from lazyllm.evaluation.tasks import Item, make_items
 from tests.tiny import word_tokenizer
 
-WORDS = "What is the phone number of ? Answer briefly . name city age main points this text and a to".split()
+WORDS = ("What", "is", "the", "phone", "number", "of", "?", "Answer", "briefly", ".", "name", "city", "main", "text")
 TIMES = ("speedup", "decode_speedup")
 
 
@@ -47,13 +48,6 @@ def load_but_in_the_first_worker(ref) -> tuple[Any, Any]:
     return load(ref)
 
 
-def load_but_in_no_worker(ref) -> tuple[Any, Any]:
-    """As `load`, but for the driver alone."""
-    if multiprocessing.parent_process() is not None:
-        raise OSError("no room here")
-    return load(ref)
-
-
 def load_and_tell(ref) -> tuple[Any, Any]:
     """As `load`; the model's name is a folder, where the process leaves a file with its number."""
     if "default_worker" in sys.argv[0]:  # in an actor, not in the driver
@@ -73,6 +67,11 @@ def small(**fields: Any) -> Study:
     given = {"model": "tiny", "dtype": "float64", "tasks": {"records": 2, "summary": 1}, "tokens": 300, **fields}
     config = {"scorer": "SinkRecent", "schedule": "Constant(0.5, start=1)", "protect": {"recent": 4}}
     return Study(**{"config": config, **given})
+
+
+def short_items(*given: Any, **options: Any) -> list[Item]:
+    """As `make_items`, with short replies and references, so that a unit takes some milliseconds."""
+    return [replace(item, new_tokens=3, reference=item.reference[:4]) for item in make_items(*given, **options)]
 
 
 def figures(results: Results) -> list[dict[str, Any]]:

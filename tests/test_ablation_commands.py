@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from lazyllm import InputError
 from lazyllm.ablation.trackers import MLflow, TensorBoard, tracker_named
 from lazyllm.cli import app
-from tests.studies import load, small, tiny
+from tests.studies import load, short_items, small, tiny
 
 STUDY = """
 model: {model}
@@ -20,6 +20,11 @@ config: {{scorer: SinkRecent, schedule: "Constant(0.5, start=1)"}}
 axes:
   - {{field: protect.recent, values: [4, 16]}}
 """
+
+
+@pytest.fixture(autouse=True)
+def replies_are_short(monkeypatch):
+    monkeypatch.setattr("lazyllm.ablation.plan.make_items", short_items)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +104,10 @@ def test_cells_that_are_the_same_are_said(lazyllm):
     assert "'twin' is the same as 'protect.recent=16'" in lazyllm("ablate", "window.yaml").stderr
 
 
-def test_mlflow_gets_a_run_per_cell(tmp_path):
+def test_mlflow_gets_a_run_per_cell(tmp_path, monkeypatch):
     import mlflow
 
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = str(tmp_path / "mlruns")
     study = small(axes=[{"field": "protect.recent", "values": [4, 16]}])
     for _ in range(2):

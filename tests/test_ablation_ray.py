@@ -11,7 +11,12 @@ from ray.cluster_utils import Cluster
 
 from lazyllm import InputError
 from lazyllm.ablation.engine import StudyCallback
-from tests.studies import figures, load, load_and_tell, small
+from tests.studies import figures, load, load_and_tell, short_items, small
+
+
+@pytest.fixture(autouse=True)
+def replies_are_short(monkeypatch):
+    monkeypatch.setattr("lazyllm.ablation.plan.make_items", short_items)
 
 
 class Accidents(StudyCallback):
@@ -54,5 +59,5 @@ def test_a_worker_and_a_node_may_be_lost(cluster, tmp_path):
 
 
 def test_a_cluster_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no Ray cluster at '127.0.0.1:1'"):
+    with pytest.raises(InputError, match=r"no Ray cluster at '127\.0\.0\.1:1'"):
         small().run(tmp_path, ray="127.0.0.1:1", load=load)

@@ -130,7 +130,8 @@ class Axis(Value):
             raise ValueError(f"an axis has one of {', '.join(KINDS)}; this one has {', '.join(kinds) or 'none'}")
         if (self.field is None) != (self.zip is not None):
             raise ValueError("an axis names its field, and a zip names its fields itself")
-        if self.zip is not None and len({len(values) for values in self.zip.values()} | {0}) != 2:
+        lengths = {len(values) for values in (self.zip or {}).values()}
+        if self.zip is not None and (len(lengths) != 1 or 0 in lengths):
             counts = ", ".join(f"{path}: {len(values)}" for path, values in self.zip.items())
             raise ValueError(f"what is zipped has equally many values, at least one; here {counts or 'none'}")
         if self.sweep is not None and not self.over:

@@ -212,4 +212,3 @@ def device_named(name: str) -> Device:
         with Console(stderr=True).status("measuring this machine"):
             return calibrate()
     return Device.load(name) if Path(name).suffix == ".json" else Device.named(name)
-

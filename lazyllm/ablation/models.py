@@ -79,7 +79,7 @@ def load_ref(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = str(packaged_model()) if ref.model == PACKAGED else ref.model
     with quiet_loading():
         model, tokenizer = load_model(source, dtype=dtype_named(ref.dtype), weights=ref.weights)
-    return model.to(ref.device), tokenizer  # type: ignore[arg-type]
+    return model.to(ref.device), tokenizer
 
 
 def _warm_up(loaded: Loaded) -> None:

@@ -216,4 +216,3 @@ class _Addresses:
             made = make_items(task, maker, count, seed=setting.seed)
             self._made[key] = [(digest(item, letters=16), item) for item in made]
         return self._made[key]
-

@@ -36,7 +36,7 @@ class ProcessHand:
     def hear(self) -> Message:
         """What it says next."""
         try:
-            return self.pipe.recv()  # type: ignore[no-any-return]
+            return self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
             return Died(f"the worker died ({_ending(self.process.exitcode)})")

@@ -1,4 +1,4 @@
-"""A folder of results that survives anything: lines are appended, checked by a digest, and on disk before they count."""
+"""A folder of results that survives anything: lines are appended, carry a digest, and are on disk before they count."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from lazyllm.evaluation.digest import digest
 from lazyllm.evaluation.quality import STOCK, Contender, Verdict, judge
 from lazyllm.evaluation.tasks import Item
 
+
 class Journal:
     """Verdicts by key, kept in a JSON-lines file as they come. A line that was cut off in the middle is dropped."""
 
