@@ -124,7 +124,7 @@ def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
     if not item.evidence:
         raise InputError(f"an item of task {item.task!r} names no evidence")
     encoded = pipe.encode(item.prompt)
-    wanted = _evidence(pipe, item)
+    wanted = evidence_tokens(pipe, item)
     spy = _VisibleAt(layer)
     try:
         with torch.no_grad(), pipe.attached(callbacks=[spy]) as model:
@@ -136,7 +136,7 @@ def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
     return Recall(layer, float(there), spy.visible.numel() / len(encoded.token_ids))
 
 
-def _evidence(pipe: LazyPipeline, item: Item) -> Tensor:
+def evidence_tokens(pipe: LazyPipeline, item: Item) -> Tensor:
     """The tokens [e] of an item's evidence."""
     return torch.cat([torch.arange(*span) for span in pipe.find(item.prompt, item.evidence)]).unique()
 
@@ -291,7 +291,7 @@ def _recall(pipe: LazyPipeline, item: Item, cache: Any) -> float | None:
         return None
     if not isinstance(cache, LazyCache):
         return 1.0
-    return float(torch.isin(_evidence(pipe, item), cache.rows[0].stores[-1].tokens).double().mean())
+    return float(torch.isin(evidence_tokens(pipe, item), cache.rows[0].stores[-1].tokens).double().mean())
 
 
 def _held_bytes(cache: Any) -> int:
