@@ -23,11 +23,12 @@ from rich.table import Table
 
 from lazyllm import LazyConfig, LazyPipeline, preset_names
 from lazyllm.errors import InputError, LazyLLMError
-from lazyllm.evaluation.compare import Effect, Journal, Line, compare, groups, run
+from lazyllm.evaluation.compare import Journal, Line, compare, groups, run
 from lazyllm.evaluation.curves import CURVES, curve_points
 from lazyllm.evaluation.data import packaged_model, quiet_loading
 from lazyllm.evaluation.plots import plot_quality
 from lazyllm.evaluation.quality import STOCK, Contender
+from lazyllm.evaluation.statistics import Effect
 from lazyllm.evaluation.tasks import Layout, Maker, make_items
 from lazyllm.models.loading import dtype_named, load_model
 

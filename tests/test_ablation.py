@@ -309,7 +309,7 @@ def test_each_model_and_setting_has_its_own_unmodified_model(tmp_path):
 
 def test_the_engine_says_what_judging_by_hand_says(tmp_path):
     from lazyllm import LazyPipeline
-    from lazyllm.evaluation.quality import Contender
+    from lazyllm.evaluation.quality import Contender, dense_run
 
     study = small()
     work = make_work(study, Shelf(load))
@@ -319,10 +319,13 @@ def test_the_engine_says_what_judging_by_hand_says(tmp_path):
     lazy = Contender(LazyPipeline.from_config(study.config, model, tokenizer), "config")
     for place in results.plan.places:
         item, verdict = work.items[place.item], results.verdict(place)
-        reply = None if item.reference else judge(dense, item).reply
-        again = judge(dense if place.cell == "stock" else lazy, item, reference=reply)
-        for name in ("reference", "loss", "reply", "text", "is_right", "computed_fraction", "recall", "cache_bytes"):
-            assert getattr(verdict, name) == getattr(again, name)
+        run = dense_run(dense, item)
+        reply = None if item.reference else run.reply
+        again = judge(dense, item) if place.cell == "stock" else judge(lazy, item, reference=reply, dense=run)
+        timed = [name for name in vars(again) if name.endswith("seconds")]
+        assert len(timed) == 3
+        assert replace(verdict, **dict.fromkeys(timed, 0)) == replace(again, **dict.fromkeys(timed, 0))
+        assert (verdict.divergence is None) == (place.cell == "stock")
 
 
 def test_cells_that_are_the_same_are_computed_once_and_said(tmp_path):
@@ -403,16 +406,15 @@ def test_a_loss_that_is_no_number_is_a_failure(tmp_path, monkeypatch, loss):
     )
     results = small().run(tmp_path, load=load)
     assert f"the loss of the reference is {loss}" in results.failures()[0][0]
-    assert results.lines() == []
+    assert {line.contender for line in results.lines()} == {"stock"}
 
 
 def test_where_the_unmodified_model_fails_those_that_need_its_reply_do(tmp_path, monkeypatch):
-    def fails(contender, item, **options):
-        if contender.is_stock:
-            raise RuntimeError("no room")
-        return judge(contender, item, **options)
+    def fails(contender, item):
+        raise RuntimeError("no room")
 
-    monkeypatch.setattr("lazyllm.ablation.worker.judge", fails)
+    for name in ("dense_run", "judge_and_run"):
+        monkeypatch.setattr(f"lazyllm.ablation.worker.{name}", fails)
     records = units(small(), tmp_path)
     told = {(record.task, record.cell): record.error for record in records}
     assert told["records", "config"] is None

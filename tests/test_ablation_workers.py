@@ -43,8 +43,8 @@ class FakeHand:
         if (given.ref.model, self.name) in self.crew.unloadable or given.ref.model == "nowhere":
             self.saying.append(CannotLoad("no room"))
             return
-        knows = given.reply is not None or self.crew.deaths[given.stock] >= ATTEMPTS
-        assert knows or given.units[0].address == given.stock, "the unmodified model goes first"
+        later = given.stock not in {unit.address for unit in given.units}
+        assert later or given.units[0].address == given.stock, "the unmodified model goes first"
         lives = self.crew.lives.popleft() if self.crew.lives else len(given.units)
         fatal = next((at for at, unit in enumerate(given.units) if unit.address in self.crew.fatal), len(given.units))
         done = min(lives, fatal)

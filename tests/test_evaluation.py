@@ -26,8 +26,17 @@ from lazyllm.config import preset_names
 from lazyllm.evaluation.compare import Journal, compare, run
 from lazyllm.evaluation.curves import CURVES, curve_points
 from lazyllm.evaluation.digest import digest
+from lazyllm.evaluation.fidelity import divergence, token_agreement, top1_agreement
 from lazyllm.evaluation.plots import plot_kept, plot_quality
-from lazyllm.evaluation.quality import STOCK, Contender, Verdict, evidence_recall, judge
+from lazyllm.evaluation.quality import (
+    STOCK,
+    Contender,
+    Verdict,
+    dense_run,
+    evidence_recall,
+    forced_logits,
+    judge,
+)
 from lazyllm.evaluation.tasks import TASKS, Item, Maker, make_items
 from tests.tiny import VOCABULARY, tiny_model, word_tokenizer
 
@@ -176,6 +185,55 @@ def test_a_pruned_pipeline_is_judged_on_what_it_computes(tokenizer):
     stats = pipe.generate(item().prompt, max_new_tokens=1, do_sample=False).stats
     assert verdict.computed_fraction == pytest.approx(stats.prefill_computed_fraction)
     assert verdict.reference == [VOCABULARY % 60 + 3, 9]
+
+
+@pytest.mark.parametrize("fields", [{}, {"said": "w7 w8"}, {"follow_up": "w7 w8"}, {"reference": "", "answers": ()}])
+def test_the_unmodified_model_is_as_near_to_itself_as_can_be(tokenizer, fields):
+    stock = Contender(pipeline(tokenizer, cache="DenseCache"), STOCK, is_stock=True)
+    one = item(**fields)
+    dense = dense_run(stock, one)
+    assert dense.logits.shape == (len(dense.reply), VOCABULARY)
+    alone, beside = judge(stock, one), judge(stock, one, dense=dense)
+    assert beside.divergence == pytest.approx(0, abs=1e-6)
+    assert (beside.top1, beside.agreement, beside.rouge_l) == (1, 1, 1)
+    assert (beside.reply, beside.loss, beside.score) == (alone.reply, alone.loss, alone.score)
+    assert (alone.divergence, alone.top1, alone.agreement, alone.rouge_l) == (None,) * 4
+
+
+def test_a_pruned_pipeline_is_measured_along_the_dense_reply(tokenizer):
+    pipe = pipeline(tokenizer, scorer=LastTokenAttention(), schedule=Constant(0.3, start=1), cache=AuxCache())
+    stock, half = Contender(pipe, STOCK, is_stock=True), Contender(pipe, "half")
+    one = item(answers=("none",))
+    dense = dense_run(stock, one)
+    alone, verdict = judge(half, one), judge(half, one, dense=dense)
+    logits = forced_logits(half, one.prompt, dense.reply)
+    assert verdict.divergence == pytest.approx(divergence(dense.logits, logits), rel=1e-9)
+    assert verdict.divergence > 0.001
+    assert verdict.top1 == top1_agreement(dense.logits, logits)
+    assert verdict.agreement == token_agreement(verdict.reply, dense.reply) < 1
+    assert (verdict.reply, verdict.loss, verdict.cache_bytes) == (alone.reply, alone.loss, alone.cache_bytes)
+
+
+def test_the_second_turn_is_timed_and_its_evidence_is_counted_again(tokenizer):
+    one = item(follow_up="w7 w8", evidence=(" ".join(words(0, 40)[:10]),))
+    pipe = pipeline(tokenizer, scorer=Random(), schedule=Constant(0.5, start=1), cache=AuxCache())
+    verdict = judge(Contender(pipe, "random"), one)
+    assert verdict.follow_up_seconds > 0
+    assert 0 < verdict.recall <= verdict.follow_up_recall <= 1
+    plain = judge(Contender(pipe, "random"), item())
+    assert (plain.follow_up_seconds, plain.follow_up_recall) == (None, None)
+    assert verdict.computed_fraction == judge(Contender(pipe, "random"), replace(one, follow_up="")).computed_fraction
+
+
+def test_a_graded_answer_is_paired_like_any_other():
+    def verdict(score: float) -> Verdict:
+        return Verdict([1], 1.0, [1], "", score, 1.0, 0.5)
+
+    stock, mine = [verdict(1), verdict(0.5), verdict(0.25)], [verdict(0.5), verdict(0.5), verdict(0.5)]
+    line = compare({"made": {STOCK: stock, "mine": mine}})[1]
+    assert (line.score, line.won, line.lost, line.p_value) == (0.5, 1, 1, 1.0)
+    assert [one.is_right for one in stock] == [True, False, False]
+    assert Verdict([1], 1.0, [1], "", None, 1.0, 0.5).is_right is None
 
 
 def test_a_run_that_was_cut_off_goes_on(tokenizer, tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-from lazyllm import SCORERS, ConfigError, InputError, Oracle
+from lazyllm import SCORERS, ConfigError, LazyPipeline, Oracle, Protect, Random, Stages
+from lazyllm.evaluation.plots import plot_recall
+from lazyllm.evaluation.quality import evidence_recall
 from lazyllm.evaluation.scorers import Kept, every_scorer, judge_scorers, scorer_sections
 from lazyllm.evaluation.tasks import Item
 from tests.tiny import tiny_model, word_tokenizer
@@ -55,8 +57,48 @@ def test_the_oracle_knows_the_items_own_answer(monkeypatch):
     assert asked == ["w1 w2", "w9 w8"]
 
 
+def test_one_pass_ranks_as_every_pruned_run_would(found):
+    """Each scorer once more, pruning at one layer and one keep ratio at a time."""
+    for name, scorer in every_scorer("w1 w2").items():
+        for layer, keep in [(0, 0.25), (2, 0.25), (2, 0.5)]:
+            if layer == 0 and scorer.needs_attention:
+                continue
+            schedule = Stages({layer: keep})
+            pipe = LazyPipeline(
+                tiny_model(), word_tokenizer(WORDS), scorer=scorer, schedule=schedule, cache="DropCache",
+                protect=Protect(),
+            )  # fmt: skip
+            recalls = [evidence_recall(pipe, item(seed), layer).evidence for seed in (0, 1)]
+            assert recall(found, name, layer, keep) == pytest.approx(sum(recalls) / 2), (name, layer, keep)
+
+
+def test_the_oracle_keeps_its_own_tokens_and_chance_keeps_the_share(found):
+    assert {one.oracle for one in found if one.scorer == "Oracle"} == {1.0}
+    assert all(0 <= one.oracle <= 1 for one in found)
+    uniform = [one.oracle for one in found if (one.scorer, one.keep) == ("Uniform", 0.5)]
+    assert sum(uniform) / len(uniform) == pytest.approx(0.5, abs=0.15)
+
+
+def test_scorers_of_ones_own_are_judged_without_any_evidence():
+    bare = {"made": [Item("made", item().prompt, "", new_tokens=3)]}
+    mine = {"mine": Random(seed=3)}
+    kept = list(judge_scorers(tiny_model(), word_tokenizer(WORDS), bare, layers=[0, 3], keeps=KEEPS, scorers=mine))
+    assert {one.scorer for one in kept} == {"mine", "Oracle"}
+    assert {one.recall for one in kept} == {None}
+    assert all(one.oracle is not None for one in kept)
+    assert [section.title for section in scorer_sections(kept, "")] == [
+        "Of the oracle's tokens kept, pruned before layer 0",
+        "Of the oracle's tokens kept, pruned before layer 3",
+    ]
+
+
+def test_the_curves_are_drawn(found, tmp_path):
+    assert plot_recall(found, tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_tables_show_every_task_and_what_is_missing(found):
-    first, second = scorer_sections(found, "as measured")
+    first, second, third, _ = scorer_sections(found, "as measured")
+    assert third.title == "Of the oracle's tokens kept, pruned before layer 0"
     assert first.columns == second.columns == ["scorer", "made, 25% / 50%", "other, 25% / 50%"]
     assert (first.title, first.conditions) == ("Evidence kept, pruned before layer 0", "as measured")
     rows = {row[0].strip("*`"): row[1:] for row in second.rows}
@@ -70,10 +112,6 @@ def test_the_tables_show_every_task_and_what_is_missing(found):
     assert "| `Random` |" in scorer_sections(partly, "")[1].markdown()
 
 
-def test_items_without_evidence_and_layers_that_are_not_there_are_refused():
-    bare = {"made": [Item("made", "w1 w2 w3 w4", "w1")]}
-    tokenizer = word_tokenizer(WORDS)
-    with pytest.raises(InputError, match="names no evidence"):
-        list(judge_scorers(tiny_model(), tokenizer, bare, layers=[2], keeps=[0.5]))
+def test_layers_that_are_not_there_are_refused():
     with pytest.raises(ConfigError, match="layer 9 does not exist"):
-        list(judge_scorers(tiny_model(), tokenizer, {"made": [item()]}, layers=[9], keeps=[0.5]))
+        list(judge_scorers(tiny_model(), word_tokenizer(WORDS), {"made": [item()]}, layers=[9], keeps=[0.5]))

@@ -1,5 +1,7 @@
 """Pictures of studies show the numbers of their lines, and refuse what a study does not have."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,10 +50,7 @@ def test_curves_hold_the_numbers_of_the_lines(results: Results, measure: str):
     assert any(axes.containers for axes in figure.axes) or measure in ("score", "recall")
     for axes in figure.axes:
         lines = {line.contender: line for line in results.lines() if line.task == axes.get_title()}
-        drawn = {
-            container.get_label(): container.lines[0].get_xydata()
-            for container in axes.containers
-        }
+        drawn = {container.get_label(): container.lines[0].get_xydata() for container in axes.containers}
         for method, points in drawn.items():
             wanted = sorted(
                 (float(cell.labels["keep"]), effect.estimate)
@@ -84,7 +83,7 @@ def test_growth_begins_with_the_prefill_and_never_falls(results: Results):
         bands = [line.get_ydata() for line in axes.lines]
         assert bands
         for shares in bands:
-            assert all(before <= after + 1e-12 for before, after in zip(shares, shares[1:], strict=False))
+            assert all(before <= after + 1e-12 for before, after in pairwise(shares))
         assert bands[0][0] >= bands[-1][0], "later layers have computed fewer tokens"
 
 

@@ -218,25 +218,35 @@ def _draw_curve(
     axes: Any, name: str, cells: Cells, picture: Picture, ticks: Mapping[str, float] | None, colour: str
 ) -> None:
     points = [
-        (x, y) for line, cell in cells
-        if (x := _place(picture.x, line, cell, ticks)) is not None
-        and (y := MEASURES[picture.y].read(line)) is not None
-    ]  # fmt: skip
+        (x, y)
+        for line, cell in cells
+        if (x := _place(picture.x, line, cell, ticks)) is not None and (y := MEASURES[picture.y].read(line)) is not None
+    ]
     if not points:
         return
     points.sort(key=lambda point: point[0])
     effects = [effect for _, effect in points]
     axes.errorbar(
-        [x for x, _ in points], [effect.estimate for effect in effects], yerr=reach_of(effects),
-        fmt="o-", markersize=4, linewidth=1.2, color=colour, capsize=2, label=name,
-    )  # fmt: skip
+        [x for x, _ in points],
+        [effect.estimate for effect in effects],
+        yerr=reach_of(effects),
+        fmt="o-",
+        markersize=4,
+        linewidth=1.2,
+        color=colour,
+        capsize=2,
+        label=name,
+    )
 
 
 def _draw_front(axes: Any, picture: Picture, cells: Cells) -> None:
     """The stairs through the cells that no other beats in both measures."""
     over, up = MEASURES[picture.x], MEASURES[picture.y]
-    known = [(one, two) for line, _ in cells
-             if (one := _value(over.read(line))) is not None and (two := _value(up.read(line))) is not None]  # fmt: skip
+    known = [
+        (one, two)
+        for line, _ in cells
+        if (one := _value(over.read(line))) is not None and (two := _value(up.read(line))) is not None
+    ]
     best = front(known, (over.is_better_high, up.is_better_high))
     axes.step(*zip(*best, strict=True), where="post", color="0.3", linewidth=1, alpha=0.7, label="front")
 
@@ -314,8 +324,15 @@ def _draw_map(axes: Any, picture: Picture, cells: Cells) -> None:
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             dark = (shown.norm(value) < 0.5) == measure.is_better_high
-            axes.text(column, row, measure.form.format(value), ha="center", va="center", fontsize=7,
-                      color="white" if dark else "black")  # fmt: skip
+            axes.text(
+                column,
+                row,
+                measure.form.format(value),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
     axes.set_xticks(range(len(columns)), columns, fontsize=7)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set(xlabel=picture.x, ylabel=picture.y)

@@ -144,7 +144,6 @@ class Work:
             digest=one.item,
             units=tuple(units),
             stock=stock,
-            reply=tuple(known.verdict["reply"]) if known is not None and known.verdict is not None else None,
             retimes=retime and done,
         )
 

@@ -230,9 +230,7 @@ class Study(Value):
         """
         from lazyllm.ablation.engine import run
 
-        return run(
-            self, out, workers=workers, ray=ray, retry=retry, retime=retime, load=load, callbacks=callbacks
-        )  # fmt: skip
+        return run(self, out, workers=workers, ray=ray, retry=retry, retime=retime, load=load, callbacks=callbacks)
 
     def _own_name(self) -> str:
         return next((name for name in preset_names() if LazyConfig.preset(name) == self.config), "config")
@@ -268,8 +266,11 @@ class Study(Value):
         given = Entry(**{key: value for key, value in entry.items() if key in Entry.model_fields})
         changes = {path: value for path, value in entry.items() if path not in Entry.model_fields}
         titles = {axis.title: axis.paths for axis in self.axes}
-        labels = {title: " + ".join(shown(changes[path]) for path in paths)
-                  for title, paths in titles.items() if all(path in changes for path in paths)} | given.labels  # fmt: skip
+        labels = {
+            title: " + ".join(shown(changes[path]) for path in paths)
+            for title, paths in titles.items()
+            if all(path in changes for path in paths)
+        } | given.labels
         if given.axes:
             name = given.name or ", ".join(given.labels.values())
             yield from self._crossed(given.axes, name=name, changes=changes, labels=labels)

@@ -92,7 +92,6 @@ class Group:
         digest: of the item.
         units: what is missing.
         stock: address of the unmodified model's unit.
-        reply: what the unmodified model replied, where that is known.
         retimes: whether the unmodified model runs again for its times, though its result is known.
     """
 
@@ -101,15 +100,12 @@ class Group:
     digest: str
     units: tuple[Unit, ...]
     stock: str
-    reply: tuple[int, ...] | None = None
     retimes: bool = False
 
     def after(self, record: Record) -> Group:
         """What is left once a unit's result is there."""
         left = tuple(unit for unit in self.units if unit.address != record.address)
-        if record.address != self.stock or record.verdict is None:
-            return replace(self, units=left)
-        return replace(self, units=left, reply=tuple(record.verdict["reply"]), retimes=False)
+        return replace(self, units=left, retimes=self.retimes and record.address != self.stock)
 
     def failed(self, unit: Unit, reason: str, run: str, worker: str) -> Record:
         """The record of a unit that never ran."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any
@@ -16,7 +16,8 @@ from lazyllm.ablation.units import Group, Record, Unit
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError, LazyLLMError
 from lazyllm.evaluation.digest import digest
-from lazyllm.evaluation.quality import STOCK, Contender, judge
+from lazyllm.evaluation.quality import STOCK, Contender, DenseRun, Verdict, dense_run, judge, judge_and_run
+from lazyllm.evaluation.tasks import Item
 from lazyllm.pipeline import LazyPipeline
 
 
@@ -32,6 +33,35 @@ class Job:
     name: str
     load: Load | None = None
     threads: int | None = None
+
+
+class _Dense:
+    """The unmodified model's run of an item, made once, for whoever is compared with it."""
+
+    def __init__(self, stock: Contender, item: Item) -> None:
+        self.stock, self.item = stock, item
+        self._run: DenseRun | None = None
+        self._failure: str | None = None
+
+    def judged(self) -> Verdict:
+        """The verdict on it; its run is kept."""
+        verdict, self._run = judge_and_run(self.stock, self.item)
+        return verdict
+
+    def run(self, *, is_needed: bool) -> DenseRun | None:
+        """What others are compared with; None where the unmodified model fails and that does not stop them.
+
+        Raises:
+            InputError: when it fails and its reply is the reference.
+        """
+        if self._run is None and self._failure is None:
+            try:
+                self._run = dense_run(self.stock, self.item)
+            except Exception as error:
+                self._failure = _told(error)
+        if self._run is None and is_needed:
+            raise InputError(f"the unmodified model failed on this item, and its reply is the reference: {self._failure}")
+        return self._run
 
 
 class Worker:
@@ -56,32 +86,30 @@ class Worker:
             raise Unloadable(str(error)) from error
         if self._ref != group.ref:
             self._ref, self._contenders = group.ref, {}
-        reply, known = group.reply, {unit.address for unit in group.units}
-        if group.retimes and group.stock not in known:
-            yield self._record(loaded, group, Unit(group.stock, STOCK, None), None)
+        dense = _Dense(self._contender(loaded, None), group.item)
+        if group.retimes and group.stock not in {unit.address for unit in group.units}:
+            yield self._record(loaded, group, Unit(group.stock, STOCK, None), dense)
         for unit in group.units:
-            record = self._record(loaded, group, unit, reply)
-            if unit.config is None and record.verdict is not None:
-                reply = tuple(record.verdict["reply"])
-            yield record
+            yield self._record(loaded, group, unit, dense)
 
-    def _record(self, loaded: Loaded, group: Group, unit: Unit, reply: Sequence[int] | None) -> Record:
-        begun = Record(unit.address, group.item.task, group.digest, unit.cell, self.job.run, self.job.name,
-                       platform.node(), next(self._sequence))  # fmt: skip
+    def _record(self, loaded: Loaded, group: Group, unit: Unit, dense: _Dense) -> Record:
+        begun = Record(
+            unit.address, group.item.task, group.digest, unit.cell, self.job.run, self.job.name, platform.node(),
+            next(self._sequence),
+        )  # fmt: skip
         try:
-            return replace(begun, verdict=self._judged(loaded, group, unit, reply))
+            return replace(begun, verdict=self._judged(loaded, group.item, unit, dense))
         except Exception as error:  # a failing unit is a result, and the others go on
             return replace(begun, error=_told(error))
 
-    def _judged(self, loaded: Loaded, group: Group, unit: Unit, reply: Sequence[int] | None) -> dict[str, Any]:
-        """The verdict as plain data.
-
-        What else a unit needs of the unmodified model, such as its logits, is to be computed here, once a group.
-        """
-        reference = None if unit.config is None or group.item.reference else reply
-        if unit.config is not None and not group.item.reference and reply is None:
-            raise InputError("the unmodified model failed on this item, and its reply is the reference")
-        verdict = asdict(judge(self._contender(loaded, unit.config), group.item, reference=reference))
+    def _judged(self, loaded: Loaded, item: Item, unit: Unit, dense: _Dense) -> dict[str, Any]:
+        """The verdict as plain data."""
+        if unit.config is None:
+            verdict = asdict(dense.judged())
+        else:
+            run = dense.run(is_needed=not item.reference)
+            reference = None if item.reference or run is None else run.reply
+            verdict = asdict(judge(self._contender(loaded, unit.config), item, reference=reference, dense=run))
         if not math.isfinite(verdict["loss"]):
             raise InputError(f"the loss of the reference is {verdict['loss']}")
         json.dumps(verdict, allow_nan=False)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from lazyllm.evaluation.digest import digest
+from lazyllm.evaluation.fidelity import token_agreement
 from lazyllm.evaluation.quality import STOCK, Contender, Verdict, judge
+from lazyllm.evaluation.statistics import Effect, median_effect, paired_difference, paired_p_value
 from lazyllm.evaluation.tasks import Item
 
 
@@ -50,26 +51,17 @@ class Journal:
 
 
 @dataclass(frozen=True)
-class Effect:
-    """A paired difference or ratio: its estimate and 95 % interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Line:
     """One contender on one task.
 
     Attributes:
         task, contender: names.
         items: how many.
-        score: share of right answers, None for tasks without.
-        won, lost: answers right here and wrong in the unmodified model, and the other way round.
-        p_value: two-sided sign test of won against lost.
+        score: mean score of the replies, None for tasks without.
+        won, lost: answers with a higher score here than in the unmodified model, and the other way round.
+        p_value: two-sided and exact, of no difference between the scores; None where no item differs.
         loss: mean loss of the reference per token.
-        loss_change: against the unmodified model, paired by item (t interval).
+        loss_change: against the unmodified model, paired by item.
         speedup: TTFT of the unmodified model over this one's, median of the items' ratios (bootstrap interval); None
             where no two times may be compared.
         agreement: share of reply tokens equal to the unmodified model's, up to the shorter reply.
@@ -158,21 +150,21 @@ def line_of(
     pairs = list(zip(mine, stock, strict=True))
     together = pairs if timed is None else [pair for pair, is_timed in zip(pairs, timed, strict=True) if is_timed]
     losses = np.array([(one.loss, other.loss) for one, other in pairs])
-    scored = [(one.is_right, other.is_right) for one, other in pairs if one.is_right is not None]
-    won = sum(bool(one) and not other for one, other in scored)
-    lost = sum(bool(other) and not one for one, other in scored)
+    known = [(one.score, other.score) for one, other in pairs if one.score is not None]
+    scored = np.array(known, dtype=float).reshape(-1, 2)
+    won, lost = int((scored[:, 0] > scored[:, 1]).sum()), int((scored[:, 0] < scored[:, 1]).sum())
     return Line(
         task=task,
         contender=name,
         items=len(mine),
-        score=sum(bool(one) for one, _ in scored) / len(scored) if scored else None,
+        score=float(scored[:, 0].mean()) if known else None,
         won=won,
         lost=lost,
-        p_value=float(stats.binomtest(won, won + lost).pvalue) if won + lost else None,
+        p_value=paired_p_value(*scored.T) if won + lost else None,
         loss=float(losses[:, 0].mean()),
-        loss_change=_mean_interval(losses[:, 0] - losses[:, 1]),
+        loss_change=paired_difference(*losses.T),
         speedup=_paired_speedup([(one.ttft_seconds, other.ttft_seconds) for one, other in together]),
-        agreement=float(np.mean([_agreement(one.reply, other.reply) for one, other in pairs])),
+        agreement=float(np.mean([token_agreement(one.reply, other.reply) for one, other in pairs])),
         computed_fraction=float(np.mean([one.computed_fraction for one in mine])),
         recall=_mean([one.recall for one in mine]),
         decode_speedup=_paired_speedup([(one.step_seconds, other.step_seconds) for one, other in together]),
@@ -193,29 +185,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 def _paired_speedup(seconds: Sequence[tuple[float | None, float | None]]) -> Effect | None:
     """Median of the other's time over one's own, where both are known."""
     ratios = [ratio for own, other in seconds if (ratio := _ratio(other, own)) is not None]
-    return _median_interval(np.array(ratios)) if ratios else None
-
-
-def _mean_interval(changes: Any) -> Effect:
-    """Student's t interval of the mean."""
-    mean = float(np.mean(changes))
-    error = float(stats.sem(changes)) if len(changes) > 1 else float("inf")
-    reach = error * float(stats.t.ppf(0.975, max(1, len(changes) - 1))) if error else 0.0
-    return Effect(mean, mean - reach, mean + reach)
-
-
-def _median_interval(values: Any) -> Effect:
-    """Percentile bootstrap interval of the median, with a fixed seed."""
-    middle = float(np.median(values))
-    if len(values) < 2 or np.ptp(values) == 0:
-        return Effect(middle, middle, middle)
-    found = stats.bootstrap((values,), np.median, n_resamples=999, method="percentile", rng=0).confidence_interval
-    return Effect(middle, float(found.low), float(found.high))
-
-
-def _agreement(one: Sequence[int], other: Sequence[int]) -> float:
-    length = min(len(one), len(other))
-    return sum(left == right for left, right in zip(one[:length], other[:length], strict=True)) / max(1, length)
+    return median_effect(ratios) if ratios else None
 
 
 def groups(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:

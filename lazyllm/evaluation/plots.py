@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from lazyllm.evaluation.limits import Entry
     from lazyllm.evaluation.memory import ReplySize
     from lazyllm.evaluation.predictions import Check
+    from lazyllm.evaluation.scorers import Kept
     from lazyllm.result import GenerationStats
 
 BANDS = 4
+NAMED_CURVES = 6
 DPI = 130
 LAZY, DENSE = "#2a6f97", "0.82"
 BAND_COLOURS = ("#013a63", "#2a6f97", "#e09f3e", "#9e2a2b")
@@ -119,6 +121,47 @@ def _draw_curve(axes: Any, method: str, points: Sequence[Line], colour: str) -> 
     axes.errorbar(
         speedups, changes, yerr=reach, fmt="o-", markersize=4, linewidth=1.2, color=colour, capsize=2, label=method
     )
+
+
+def plot_recall(found: Sequence[Kept], path: str | Path) -> Path:
+    """Share of the evidence, and of the oracle's tokens, that scorers keep over the keep ratio; one column per layer.
+
+    Means over the tasks. The best scorers of a panel and the oracle are named, the others grey.
+    """
+    from lazyllm.evaluation.scorers import MEASURES
+
+    shown = {measure: [one for one in found if getattr(one, measure) is not None] for measure in MEASURES}
+    shown = {measure: points for measure, points in shown.items() if points}
+    layers = sorted({one.layer for one in found})
+    path, figure = _new_figure(path, (5.2 * len(layers), 4.2 * len(shown)))
+    panels = figure.subplots(len(shown), len(layers), squeeze=False)
+    for row, (measure, points) in zip(panels, shown.items(), strict=True):
+        for axes, layer in zip(row, layers, strict=True):
+            _draw_recall(axes, [one for one in points if one.layer == layer], measure)
+            axes.set(
+                title=f"{MEASURES[measure]}, before layer {layer}", xlabel="keep ratio", xlim=(0, 1), ylim=(0, 1.02)
+            )
+    return _save(figure, path)
+
+
+def _draw_recall(axes: Any, points: Sequence[Kept], measure: str) -> None:
+    from lazyllm.evaluation.scorers import ORACLE
+
+    curves: dict[str, dict[float, float]] = {}
+    for name in dict.fromkeys(one.scorer for one in points):
+        own = [one for one in points if one.scorer == name]
+        ratios = sorted({one.keep for one in own})
+        curves[name] = {
+            keep: float(np.mean([getattr(one, measure) for one in own if one.keep == keep])) for keep in ratios
+        }
+    ranked = sorted(curves, key=lambda name: -sum(curves[name].values()))
+    named = [name for name in ranked if name != ORACLE][:NAMED_CURVES]
+    for name, curve in curves.items():
+        colour = "0.1" if name == ORACLE else f"C{named.index(name)}" if name in named else "0.85"
+        label = name if name == ORACLE or name in named else None
+        axes.plot([*curve, 1.0], [*curve.values(), 1.0], "o-", markersize=3, linewidth=1.4, color=colour, label=label)
+    axes.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle="--", label="at random")
+    axes.legend(loc="lower right", fontsize=7)
 
 
 def plot_kept(trace: TokenTrace, path: str | Path, *, marked: Sequence[tuple[int, int]] = ()) -> Path:

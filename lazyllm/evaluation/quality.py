@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any, cast
@@ -19,6 +19,8 @@ from lazyllm.caches import LazyCache
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, LayerEnd
 from lazyllm.errors import InputError
+from lazyllm.evaluation.fidelity import divergence, token_agreement, top1_agreement
+from lazyllm.evaluation.metrics import rouge_l
 from lazyllm.evaluation.tasks import Item
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.prompts import EncodedPrompt, Prompt, end_token_ids, tokens_touching
@@ -51,25 +53,54 @@ class Verdict:
         loss: mean negative log-likelihood per token of the reference.
         reply: token ids of the greedy answer, cut when it is right or at the end token.
         text: the greedy answer.
-        is_right: whether it holds an accepted answer, None for tasks that have none.
+        score: how right it is by the item's metric, from 0 to 1; None for tasks that have no answers.
         ttft_seconds: the prefill's time.
         computed_fraction: layer-tokens the prefill computed, of all.
         recall: share of the evidence's tokens that have K/V at the last layer after the prefill; None where an item
             names no evidence, here and below for what was not noted.
         step_seconds: median time of the steps that force the reference.
         cache_bytes: K/V and waiting states at the end.
+        divergence: mean KL in nats from the dense model's next-token distributions, along its own reply.
+        top1: share of that reply's tokens for which both have the same most likely one.
+        agreement: share of equal tokens in both greedy replies, up to the shorter one.
+        rouge_l: of the text to the dense model's.
+        follow_up_seconds: time from the second question to the first token behind it.
+        follow_up_recall: as `recall`, after the second question.
+        growth: by step and layer, the share of the context before the reply that has been computed; the first entry is
+            before the reply's first step. Empty for the unmodified model.
     """
 
     reference: list[int]
     loss: float
     reply: list[int]
     text: str
-    is_right: bool | None
+    score: float | None
     ttft_seconds: float
     computed_fraction: float
     recall: float | None = None
     step_seconds: float | None = None
     cache_bytes: int | None = None
+    divergence: float | None = None
+    top1: float | None = None
+    agreement: float | None = None
+    rouge_l: float | None = None
+    follow_up_seconds: float | None = None
+    follow_up_recall: float | None = None
+    growth: list[list[float]] = field(default_factory=list)
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the reply is wholly right; None for tasks that have no answers."""
+        return None if self.score is None else self.score == 1
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """What the unmodified model replies to an item: greedy tokens [n], the logits [n, vocabulary] before each, text."""
+
+    reply: list[int]
+    logits: Tensor
+    text: str
 
 
 class _Stop(Exception):
@@ -99,7 +130,7 @@ def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
     if not item.evidence:
         raise InputError(f"an item of task {item.task!r} names no evidence")
     encoded = pipe.encode(item.prompt)
-    wanted = _evidence(pipe, item)
+    wanted = evidence_tokens(pipe, item)
     spy = _VisibleAt(layer)
     try:
         with torch.no_grad(), pipe.attached(callbacks=[spy]) as model:
@@ -111,7 +142,7 @@ def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
     return Recall(layer, float(there), spy.visible.numel() / len(encoded.token_ids))
 
 
-def _evidence(pipe: LazyPipeline, item: Item) -> Tensor:
+def evidence_tokens(pipe: LazyPipeline, item: Item) -> Tensor:
     """The tokens [e] of an item's evidence."""
     return torch.cat([torch.arange(*span) for span in pipe.find(item.prompt, item.evidence)]).unique()
 
@@ -156,39 +187,119 @@ def forced_logits(contender: Contender, prompt: Prompt, tokens: Sequence[int]) -
 
 
 @torch.no_grad()
-def judge(contender: Contender, item: Item, *, reference: Sequence[int] | None = None) -> Verdict:
-    """Prefills once; then answers greedily and, from the same point, forces the reference answer.
+def dense_run(stock: Contender, item: Item) -> DenseRun:
+    """The reply that others are compared with, for `judge`; made once per item."""
+    with _at_the_reply(stock, item) as start:
+        return _dense_run(start, _greedy(start, item))
+
+
+def judge(
+    contender: Contender, item: Item, *, reference: Sequence[int] | None = None, dense: DenseRun | None = None
+) -> Verdict:
+    """Prefills once; then answers greedily and, from the same point, forces the reference and the dense reply.
 
     Args:
         contender: what is judged.
         item: on what.
         reference: token ids to force instead of the item's own reference, such as another run's reply; where there is
             neither, the contender's own reply.
+        dense: the unmodified model's run of this item, to measure how near the contender stays to it.
     """
-    tokenizer = cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
-    forced = list(reference) if reference is not None else _reference(tokenizer, item)
+    return judge_and_run(contender, item, reference=reference, dense=dense)[0]
+
+
+@torch.no_grad()
+def judge_and_run(
+    contender: Contender, item: Item, *, reference: Sequence[int] | None = None, dense: DenseRun | None = None
+) -> tuple[Verdict, DenseRun]:
+    """As `judge`, with the greedy run too: that of the unmodified model is what others are compared with."""
+    with _at_the_reply(contender, item) as start:
+        wanted = list(reference) if reference is not None else _reference(start.tokenizer, item)
+        reply = _greedy(start.fork(), item)
+        along = _force(start.fork(), dense.reply) if dense is not None else None
+        forced = _force(start, wanted or reply.tokens)
+        held = _held_bytes(start.cache)
+        run = _dense_run(start, reply)
+    verdict = Verdict(
+        reference=wanted or reply.tokens,
+        loss=forced.loss,
+        reply=reply.tokens,
+        text=run.text,
+        score=item.score(run.text) if item.answers else None,
+        ttft_seconds=start.ttft_seconds,
+        computed_fraction=start.computed_fraction,
+        recall=start.recall,
+        step_seconds=forced.step_seconds,
+        cache_bytes=held,
+        follow_up_seconds=start.follow_up_seconds,
+        follow_up_recall=start.follow_up_recall,
+        growth=reply.growth,
+    )
+    return (verdict if dense is None or along is None else _beside(verdict, dense, along.logits)), run
+
+
+def _dense_run(start: _Start, reply: _Reply) -> DenseRun:
+    return DenseRun(reply.tokens, torch.stack(reply.logits).float().cpu(), start.decode(reply.tokens))
+
+
+def _beside(verdict: Verdict, dense: DenseRun, logits: Tensor) -> Verdict:
+    """The verdict with how near the run stays to the dense one, given its logits [n, vocabulary] along that reply."""
+    return replace(
+        verdict,
+        divergence=divergence(dense.logits, logits),
+        top1=top1_agreement(dense.logits, logits),
+        agreement=token_agreement(verdict.reply, dense.reply),
+        rouge_l=rouge_l(verdict.text, [dense.text]),
+    )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A run that has come to where the scored reply begins.
+
+    Attributes:
+        model, cache, tokenizer: as they run.
+        logits: [vocabulary] before the reply's first token.
+        ttft_seconds, computed_fraction, recall, follow_up_seconds, follow_up_recall: see `Verdict`.
+    """
+
+    model: Any
+    cache: Any
+    tokenizer: PreTrainedTokenizerBase
+    logits: Tensor
+    ttft_seconds: float
+    computed_fraction: float
+    recall: float | None
+    follow_up_seconds: float | None = None
+    follow_up_recall: float | None = None
+
+    def fork(self) -> _Start:
+        """The same point with a cache of its own."""
+        return replace(self, cache=copy.deepcopy(self.cache))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a reply."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def _at_the_reply(contender: Contender, item: Item) -> Iterator[_Start]:
+    """Prefills, goes on to the second turn or past what was said, and stops before the reply that is scored."""
+    pipe, tokenizer = contender.pipe, cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
     started = time.perf_counter()
-    encoded = contender.pipe.encode(item.prompt)
+    encoded = pipe.encode(item.prompt)
     with contender.running(encoded) as (model, cache, counter):
         logits = _first_logits(model, cache, encoded)
-        first = int(logits.argmax())
+        int(logits.argmax())  # waits for the device
         ttft = time.perf_counter() - started
-        recall = _recall(contender.pipe, item, cache)
+        share = counter.share(len(encoded.token_ids))
+        start = _Start(model, cache, tokenizer, logits, ttft, share, _recall(pipe, item, cache))
         if item.follow_up:
-            logits, first = _second_turn(contender, model, cache, encoded, first, item)
+            start = _second_turn(contender, start, encoded, item)
         if item.said:
-            logits = _say(model, cache, tokenizer(item.said, add_special_tokens=False)["input_ids"])
-            first = int(logits.argmax())
-        reply = _greedy(model, copy.deepcopy(cache), first, tokenizer, item)
-        forced = forced or reply
-        clock: list[float] = []
-        loss = _forced_loss(model, cache, logits, forced, clock)
-        held = _held_bytes(cache)
-    text = str(tokenizer.decode(reply, skip_special_tokens=True)).strip()
-    right = item.is_right(text) if item.answers else None
-    step_seconds = median(after - before for before, after in pairwise(clock)) if len(clock) > 1 else None
-    share = counter.share(len(encoded.token_ids))
-    return Verdict(forced, loss, reply, text, right, ttft, share, recall, step_seconds, held)
+            said = tokenizer(item.said, add_special_tokens=False)["input_ids"]
+            start = replace(start, logits=_say(model, cache, said))
+        yield start
 
 
 def _recall(pipe: LazyPipeline, item: Item, cache: Any) -> float | None:
@@ -197,7 +308,7 @@ def _recall(pipe: LazyPipeline, item: Item, cache: Any) -> float | None:
         return None
     if not isinstance(cache, LazyCache):
         return 1.0
-    return float(torch.isin(_evidence(pipe, item), cache.rows[0].stores[-1].tokens).double().mean())
+    return float(torch.isin(evidence_tokens(pipe, item), cache.rows[0].stores[-1].tokens).double().mean())
 
 
 def _held_bytes(cache: Any) -> int:
@@ -207,25 +318,27 @@ def _held_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _second_turn(
-    contender: Contender, model: Any, cache: Any, encoded: EncodedPrompt, first: int, item: Item
-) -> tuple[Tensor, int]:
-    """Answers the first question, asks the second one on the same cache, and returns what comes after it."""
-    tokenizer = cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
+def _second_turn(contender: Contender, start: _Start, encoded: EncodedPrompt, item: Item) -> _Start:
+    """Answers the first question, asks the second one on the same cache, and stops before its answer."""
+    model, cache, tokenizer = start.model, start.cache, start.tokenizer
     ends = _ends(model, tokenizer)
-    reply = _greedy(model, cache, first, tokenizer, replace(item, answers=()))
+    reply = _greedy(start, replace(item, answers=())).tokens
     said = [token for token in reply if token not in ends]
     if not said:  # an empty first answer: say something, so that the turn has a text
         said = tokenizer("-", add_special_tokens=False)["input_ids"]
-    tail, (start, stop) = _turn(tokenizer, item)
+    asked_at = time.perf_counter()
+    tail, (begin, end) = _turn(tokenizer, item)
     before = [*encoded.token_ids, *said]
     conversation, fed = [*before, *tail], cache.get_seq_length()
     if isinstance(cache, LazyCache):
-        asked = (len(before) + start, len(before) + stop)
+        asked = (len(before) + begin, len(before) + end)
         cache.mark_prompts([PromptMarks(encoded.marks.protected, (asked,), asked=True)])
     new = torch.tensor([conversation[fed:]], device=model.device)
     logits = model(new, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-    return logits, int(logits.argmax())
+    int(logits.argmax())  # waits for the device
+    seconds = time.perf_counter() - asked_at
+    recall = _recall(contender.pipe, item, cache)
+    return replace(start, logits=logits, follow_up_seconds=seconds, follow_up_recall=recall)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[list[int], tuple[int, int]]:
@@ -294,16 +407,28 @@ def _forced(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> It
     yield logits
 
 
-def _forced_loss(
-    model: Any, cache: Any, logits: Tensor, tokens: Sequence[int], clock: list[float] | None = None
-) -> float:
-    """Mean negative log-likelihood of the tokens; `clock` gets the time at which each was judged."""
-    total = 0.0
-    for token, before in zip(tokens, _forced(model, cache, logits, tokens), strict=True):
-        total -= float(before.float().log_softmax(-1)[token])
-        if clock is not None:
-            clock.append(time.perf_counter())
-    return total / len(tokens)
+@dataclass(frozen=True)
+class _Forced:
+    """What came of forcing tokens: their mean loss, the logits [n, vocabulary] before each, and times in between."""
+
+    loss: float
+    logits: Tensor
+    seconds: list[float]
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median time of a step; None for a single token."""
+        return median(self.seconds) if self.seconds else None
+
+
+def _force(start: _Start, tokens: Sequence[int]) -> _Forced:
+    """Lets the run say `tokens`, whatever it would have said."""
+    total, before, clock = 0.0, [], []
+    for token, logits in zip(tokens, _forced(start.model, start.cache, start.logits, tokens), strict=True):
+        total -= float(logits.float().log_softmax(-1)[token])
+        clock.append(time.perf_counter())
+        before.append(logits)
+    return _Forced(total / len(tokens), torch.stack(before), [late - early for early, late in pairwise(clock)])
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
@@ -311,11 +436,31 @@ def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
     return [*end_token_ids(model, {}), tokenizer.eos_token_id]
 
 
-def _greedy(model: Any, cache: Any, first: int, tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
-    ends = _ends(model, tokenizer)
-    reply = [first]
-    while len(reply) < item.new_tokens and reply[-1] not in ends:
-        if item.answers and item.is_right(str(tokenizer.decode(reply, skip_special_tokens=True))):
-            break
-        reply.append(int(_say(model, cache, reply[-1:]).argmax()))
-    return reply
+@dataclass(frozen=True)
+class _Reply:
+    """A greedy reply [n], the logits [vocabulary] before each token, and what of the context was computed by then."""
+
+    tokens: list[int]
+    logits: list[Tensor]
+    growth: list[list[float]]
+
+
+def _greedy(start: _Start, item: Item) -> _Reply:
+    """The greedy reply, cut when it is right or at an end token."""
+    ends, logits, context = _ends(start.model, start.tokenizer), [start.logits], start.cache.get_seq_length()
+    reply, growth = [int(start.logits.argmax())], [_computed_shares(start.cache, context)]
+    while len(reply) < item.new_tokens and reply[-1] not in ends and not item.is_done(start.decode(reply)):
+        logits.append(_say(start.model, start.cache, reply[-1:]))
+        reply.append(int(logits[-1].argmax()))
+        growth.append(_computed_shares(start.cache, context))
+    return _Reply(reply, logits, [shares for shares in growth if shares])
+
+
+def _computed_shares(cache: Any, context: int) -> list[float]:
+    """By layer, the share of the first `context` tokens that it has computed; empty for the unmodified model."""
+    if not isinstance(cache, LazyCache):
+        return []
+    ledger = cache.rows[0].ledger
+    finished = torch.bincount(ledger.depth[:context], minlength=ledger.layers + 1)
+    deeper = finished.flip(0).cumsum(0).flip(0)[1:]  # [l] tokens of a depth above l
+    return [round(share, 4) for share in (deeper / context).tolist()]

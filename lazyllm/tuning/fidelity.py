@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
+from lazyllm.evaluation.fidelity import divergence
 from lazyllm.evaluation.quality import Contender, forced_logits, greedy_reply
 from lazyllm.models.families import contract_of
 from lazyllm.models.fingerprint import fingerprint
@@ -98,14 +99,6 @@ class Fidelity:
         prefill = [row for step in recorder.steps for row in step if row.is_prefill]
         done, dense = step_flops(prefill, self.costs, self.contract.windows)
         return Measured(prompts=len(divergences), divergence=sum(divergences) / len(divergences), speedup=dense / done)
-
-
-def divergence(dense: Tensor, pruned: Tensor) -> float:
-    """Mean over n tokens of `KL(p || q) = sum p (log p - log q)` in nats; p, q of logits [n, vocabulary] of both."""
-    log_p, log_q = (logits.double().cpu().log_softmax(-1) for logits in (dense, pruned))
-    p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)  # 0 log 0 is 0
-    return max(0.0, float(terms.sum(-1).mean()))
 
 
 def _stored(path: Path) -> dict[str, Tensor] | None:

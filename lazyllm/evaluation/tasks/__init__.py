@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lazyllm.errors import InputError, unknown
 from lazyllm.evaluation.data import packaged_questions, packaged_speech, packaged_speech_names
+from lazyllm.evaluation.metrics import METRICS
 from lazyllm.prompts import Prompt
 
 Layout = Literal["question last", "question first", "question in the middle"]
@@ -33,11 +34,13 @@ class Item:
         task: name of the task.
         prompt: text, or chat messages.
         reference: the right answer as it would be written after the prompt.
-        answers: any of these in the reply makes it right; () for tasks that have no right answer.
-        evidence: passages of the prompt that the answer needs.
+        answers: what `metric` looks for in the reply; () for tasks that have no right answer.
+        evidence: passages of the prompt that the answer needs; with a second turn, those of the second answer.
         new_tokens: how long a reply may be.
         follow_up: a question of a second turn on the same cache; reference and answers are then those of that turn.
         said: how the reply begins, whoever writes it; reference and answers are those of what comes after.
+        metric: how a reply is scored, a name of `METRICS`.
+        classes: all answers there are, for metrics that ask.
     """
 
     task: str
@@ -48,10 +51,25 @@ class Item:
     new_tokens: int = 16
     follow_up: str = ""
     said: str = ""
+    metric: str = "contains-any"
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise InputError(unknown("metric", self.metric, METRICS))
+
+    def score(self, reply: str) -> float:
+        """How right a reply is, from 0 to 1; 0 for tasks that have no right answer."""
+        options = {"classes": self.classes} if self.classes else {}
+        return METRICS[self.metric].score(reply, self.answers, **options) if self.answers else 0.0
 
     def is_right(self, reply: str) -> bool:
-        """Whether an accepted answer stands in the reply, whatever case and punctuation."""
-        return any(_plain(answer) in _plain(reply) for answer in self.answers)
+        """Whether a reply has the full score."""
+        return self.score(reply) == 1
+
+    def is_done(self, reply: str) -> bool:
+        """Whether a reply may end here: it is right, and would be with any more text."""
+        return METRICS[self.metric].ends and self.is_right(reply)
 
 
 @dataclass(frozen=True)
@@ -411,7 +429,3 @@ def _sentences(text: str, place: int) -> Iterator[str]:
 def _reply(maker: Maker, chatty: str, bare: str | None = None) -> str:
     """An answer as a chat model would write it, or as a base model goes on."""
     return chatty if maker.chats else f" {bare or chatty}"
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s-]", " ", text.lower()).split())
