@@ -15,7 +15,17 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from lazyllm.ablation.axes import Axis, Level, shown
-from lazyllm.ablation.cells import Cell, ModelRef, Question, Setting, apply, changed, check_setting, check_tasks
+from lazyllm.ablation.cells import (
+    PRESET,
+    Cell,
+    ModelRef,
+    Question,
+    Setting,
+    apply,
+    base_config,
+    check_setting,
+    check_tasks,
+)
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
 from lazyllm.evaluation.quality import STOCK
@@ -28,26 +38,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 100_000
 """More than that is a mistake in an axis."""
-NAME, CELL_NAME = "name", "name"
-
-
-def base_config(spec: Any) -> LazyConfig:
-    """A configuration, from itself, a preset's name, a path, or a mapping of fields with an optional `preset`.
-
-    Raises:
-        ConfigError: when it describes none.
-    """
-    if isinstance(spec, LazyConfig):
-        return spec
-    if isinstance(spec, (str, Path)):
-        return LazyConfig.preset(spec)
-    if not isinstance(spec, Mapping):
-        raise ConfigError(f"config is a preset, a path or a mapping of fields, not {spec!r}")
-    fields = dict(spec)
-    config = LazyConfig.preset(fields.pop("preset")) if "preset" in fields else LazyConfig()
-    for path, value in sorted(fields.items(), key=lambda field: field[0].count(".")):
-        config = changed(config, path, value)
-    return config
+NAME = "name"
 
 
 class Drawn(Value):
@@ -242,12 +233,12 @@ class Study(Value):
             yield self._cell(", ".join(f"{title}={label}" for title, label in labels.items()), changes, labels)
 
     def _explicit(self, given: Mapping[str, Any]) -> Cell:
-        changes = {path: value for path, value in given.items() if path != CELL_NAME}
-        parts = [shown(value) if path == "preset" else f"{path}={shown(value)}" for path, value in changes.items()]
+        changes = {path: value for path, value in given.items() if path != NAME}
+        parts = [shown(value) if path == PRESET else f"{path}={shown(value)}" for path, value in changes.items()]
         titles = {axis.title: axis.paths for axis in self.axes}
         labels = {title: " + ".join(shown(changes[path]) for path in paths)
                   for title, paths in titles.items() if all(path in changes for path in paths)}  # fmt: skip
-        return self._cell(str(given.get(CELL_NAME) or ", ".join(parts) or self._own_name()), changes, labels)
+        return self._cell(str(given.get(NAME) or ", ".join(parts) or self._own_name()), changes, labels)
 
     def _cell(self, name: str, changes: Mapping[str, Any], labels: Mapping[str, str]) -> Cell:
         try:
