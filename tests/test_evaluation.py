@@ -1,6 +1,5 @@
 """The instruments that judge quality: tasks hold what they promise, and the measures measure it."""
 
-import json
 import random
 from dataclasses import make_dataclass, replace
 
@@ -23,7 +22,7 @@ from lazyllm import (
     TokenTrace,
 )
 from lazyllm.config import preset_names
-from lazyllm.evaluation.compare import Journal, compare, run
+from lazyllm.evaluation.compare import line_of
 from lazyllm.evaluation.curves import CURVES, curve_points
 from lazyllm.evaluation.digest import digest
 from lazyllm.evaluation.fidelity import divergence, token_agreement, top1_agreement
@@ -230,27 +229,10 @@ def test_a_graded_answer_is_paired_like_any_other():
         return Verdict([1], 1.0, [1], "", score, 1.0, 0.5)
 
     stock, mine = [verdict(1), verdict(0.5), verdict(0.25)], [verdict(0.5), verdict(0.5), verdict(0.5)]
-    line = compare({"made": {STOCK: stock, "mine": mine}})[1]
+    line = line_of("made", "mine", mine, stock)
     assert (line.score, line.won, line.lost, line.p_value) == (0.5, 1, 1, 1.0)
     assert [one.is_right for one in stock] == [True, False, False]
     assert Verdict([1], 1.0, [1], "", None, 1.0, 0.5).is_right is None
-
-
-def test_a_run_that_was_cut_off_goes_on(tokenizer, tmp_path, monkeypatch):
-    pipe = pipeline(tokenizer, scorer=Random(), schedule=Constant(0.5))
-    field = [Contender(pipe, STOCK, is_stock=True), Contender(pipe, "random")]
-    tasks = {"made": [item(0), item(1, reference="", answers=())]}
-    journal = tmp_path / "results.jsonl"
-    whole = run(field, tasks, Journal(journal), prefix="x")
-    assert len(journal.read_text().splitlines()) == 4
-    monkeypatch.setattr("lazyllm.evaluation.compare.judge", lambda *_, **__: pytest.fail("judged twice"))
-    assert run(field, tasks, Journal(journal), prefix="x") == whole
-    assert whole["made"]["random"][1].reference == whole["made"][STOCK][1].reply
-    assert whole["made"][STOCK][1].reference == whole["made"][STOCK][1].reply
-    assert whole["made"][STOCK][1].reply != whole["made"][STOCK][0].reply
-    lines = compare(whole)
-    assert [line.contender for line in lines] == [STOCK, "random"]
-    assert json.dumps([line.to_dict() for line in lines])
 
 
 CONFIG = LazyConfig(
@@ -280,7 +262,7 @@ def with_scorer(scorer) -> LazyConfig:
     ],
     ids=["item", "configuration", "scorer within a scorer"],
 )
-def test_a_new_field_leaves_a_journal_valid_until_it_is_used(before, widen):
+def test_a_new_field_leaves_results_valid_until_it_is_used(before, widen):
     assert digest(widen(3)) == digest(before)
     assert digest(widen(4)) != digest(before)
 
@@ -333,14 +315,25 @@ def test_recall_decode_and_memory_are_paired_where_they_were_noted():
 
     stock = [verdict(1.0, 0.4, 100), verdict(None, None, 300), verdict(1.0, 0.6, 200)]
     mine = [verdict(0.5, 0.2, 50), verdict(None, None, 60), verdict(0.0, 0.1, None)]
-    own, line = compare({"task": {STOCK: stock, "mine": mine}})
+    own, line = line_of("task", STOCK, stock, stock), line_of("task", "mine", mine, stock)
     assert (own.recall, own.memory) == (1.0, 1.0)
     assert line.recall == 0.25
     assert line.decode_speedup.estimate == pytest.approx((2 + 6) / 2)
     assert line.memory == pytest.approx((0.5 + 0.2) / 2)
     old = [Verdict([1], 1.0, [1], "", True, 1.0, 0.5)] * 3
-    unknown = compare({"task": {STOCK: stock, "old": old}})[1]
+    unknown = line_of("task", "old", old, stock)
     assert (unknown.recall, unknown.decode_speedup, unknown.memory) == (None, None, None)
+
+
+def test_times_that_may_not_be_compared_are_left_out():
+    def verdict(ttft, step) -> Verdict:
+        return Verdict([1], 1.0, [1], "", True, ttft, 0.5, None, step, 1)
+
+    stock, mine = [verdict(4.0, 0.4), verdict(6.0, 0.6)], [verdict(2.0, 0.1), verdict(1.0, 0.3)]
+    line = line_of("task", "mine", mine, stock, [True, False])
+    assert (line.items, line.speedup.estimate, line.decode_speedup.estimate) == (2, 2.0, pytest.approx(4.0))
+    none = line_of("task", "mine", mine, stock, [False, False])
+    assert (none.items, none.speedup, none.decode_speedup) == (2, None, None)
 
 
 def test_the_comparison_is_paired():
@@ -349,7 +342,7 @@ def test_the_comparison_is_paired():
 
     stock = [verdict(1.0, True, 4.0, [1, 2]), verdict(2.0, False, 6.0, [1, 2]), verdict(3.0, True, 8.0, [1, 2])]
     mine = [verdict(1.5, True, 2.0, [1, 2]), verdict(2.5, True, 2.0, [1, 3]), verdict(3.5, False, 2.0, [3, 3, 3])]
-    line = compare({"made": {STOCK: stock, "mine": mine}})[1]
+    line = line_of("made", "mine", mine, stock)
     assert (line.won, line.lost, line.score, line.p_value) == (1, 1, 2 / 3, 1.0)
     assert (line.loss_change.estimate, line.loss_change.low, line.loss_change.high) == pytest.approx((0.5, 0.5, 0.5))
     assert line.speedup.estimate == 3.0
@@ -361,8 +354,11 @@ def test_the_figures_are_drawn(tokenizer, tmp_path):
     trace = TokenTrace()
     pipe = pipeline(tokenizer, scorer=Random(), schedule=Constant(0.5), callbacks=[trace])
     pipe.generate(item().prompt, max_new_tokens=1)
-    field = [Contender(pipe, STOCK, is_stock=True), Contender(pipe, "random")]
-    lines = compare(run(field, {"made": [item(0), item(1)]}, Journal(tmp_path / "results.jsonl"), prefix="x"))
+    stock, mine = (
+        [judge(one, item(seed)) for seed in (0, 1)]
+        for one in (Contender(pipe, STOCK, is_stock=True), Contender(pipe, "random"))
+    )
+    lines = [line_of("made", STOCK, stock, stock), line_of("made", "random", mine, stock)]
     for path in (
         plot_kept(trace, tmp_path / "kept.png", marked=[(3, 9)]),
         plot_quality(lines, tmp_path / "quality.png"),
@@ -384,16 +380,3 @@ def test_a_curve_computes_less_and_less(tokenizer, name: str):
 def test_an_unknown_curve_is_refused():
     with pytest.raises(InputError, match=r"'papers'.*Did you mean 'paper'"):
         curve_points("papers")
-
-
-def test_a_line_that_was_cut_off_is_dropped(tmp_path):
-    path = tmp_path / "results.jsonl"
-    verdict = Verdict([1], 0.5, [2], "ä", None, 1.0, 0.5)
-    Journal(path).put("a", verdict)
-    whole = path.read_bytes()
-    path.write_bytes(whole + '{"key": "b", "verdict": {"text": "ä'.encode()[:-1])
-    journal = Journal(path)
-    assert (journal.get("a"), journal.get("b")) == (verdict, None)
-    journal.put("b", verdict)
-    assert Journal(path).get("b") == verdict
-    assert path.read_bytes().startswith(whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lazyllm.config import LazyConfig
@@ -21,8 +22,8 @@ LAYOUTS: dict[Question, Layout] = {
 }
 SHORTEST = 300
 """Tokens of a prompt that every task can fill."""
-PRESET = "preset"
-"""The path that replaces a whole configuration."""
+PRESET, CONFIG = "preset", "config"
+"""The paths that replace a whole configuration."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,34 @@ def apply(setting: Setting, config: LazyConfig, changes: Mapping[str, Any]) -> t
     Raises:
         ConfigError: for a path that does not exist, or a value that cannot stand there.
     """
-    for path in sorted(changes, key=lambda path: (path != PRESET, path.count("."))):
+    for path in sorted(changes, key=lambda path: (path not in (PRESET, CONFIG), path.count("."))):
         value = changes[path]
-        if path == PRESET:
-            config = LazyConfig.preset(value)
+        if path in (PRESET, CONFIG):
+            config = base_config(value)
         elif path in SETTERS:
             setting = SETTERS[path](setting, value)
         else:
             config = changed(config, path, value)
     return setting, config
+
+
+def base_config(spec: Any) -> LazyConfig:
+    """A configuration, from itself, a preset's name, a path, or a mapping of fields with an optional `preset`.
+
+    Raises:
+        ConfigError: when it describes none.
+    """
+    if isinstance(spec, LazyConfig):
+        return spec
+    if isinstance(spec, (str, Path)):
+        return LazyConfig.preset(spec)
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"config is a preset, a path or a mapping of fields, not {spec!r}")
+    fields = dict(spec)
+    config = LazyConfig.preset(fields.pop("preset")) if "preset" in fields else LazyConfig()
+    for path, value in sorted(fields.items(), key=lambda field: field[0].count(".")):
+        config = changed(config, path, value)
+    return config
 
 
 def changed(config: LazyConfig, path: str, value: Any) -> LazyConfig:
@@ -123,7 +143,7 @@ def changed(config: LazyConfig, path: str, value: Any) -> LazyConfig:
     """
     head, *rest = path.split(".")
     if head not in LazyConfig.model_fields:
-        raise ConfigError(unknown("field", path, [*LazyConfig.model_fields, *SETTERS, PRESET]))
+        raise ConfigError(unknown("field", path, [*LazyConfig.model_fields, *SETTERS, PRESET, CONFIG]))
     if not rest:
         return LazyConfig(**dict(config) | {head: value})
     data = config.to_dict()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +13,8 @@ from lazyllm.ablation.units import Group
 from lazyllm.ablation.worker import Job, Worker
 from lazyllm.errors import InputError
 
-LOCAL = "local"
-"""The address that starts a cluster on this machine."""
+PATIENCE_SECONDS = 10
+"""How long to wait for a cluster to answer."""
 
 
 class _Actor:
@@ -92,10 +94,22 @@ def _connected(address: str) -> Any:
         raise InputError("--ray needs Ray, which is not installed: pip install lazyllm-torch[ray]") from None
     if not ray.is_initialized():
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise InputError(f"there is no Ray cluster at {address!r}: {_first_line(error)}") from None
     return ray
+
+
+def _knock(address: str) -> None:
+    """Sees whether anybody is there, since Ray itself would wait for minutes.
+
+    Raises:
+        OSError: when nobody is.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=PATIENCE_SECONDS).close()
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,17 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from lazyllm.ablation.axes import Axis, Level, shown
-from lazyllm.ablation.cells import Cell, ModelRef, Question, Setting, apply, changed, check_setting, check_tasks
+from lazyllm.ablation.cells import (
+    PRESET,
+    Cell,
+    ModelRef,
+    Question,
+    Setting,
+    apply,
+    base_config,
+    check_setting,
+    check_tasks,
+)
 from lazyllm.ablation.figures import Picture
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
@@ -30,25 +40,6 @@ if TYPE_CHECKING:
 MOST_CELLS = 100_000
 """More than that is a mistake in an axis."""
 NAME = "name"
-
-
-def base_config(spec: Any) -> LazyConfig:
-    """A configuration, from itself, a preset's name, a path, or a mapping of fields with an optional `preset`.
-
-    Raises:
-        ConfigError: when it describes none.
-    """
-    if isinstance(spec, LazyConfig):
-        return spec
-    if isinstance(spec, (str, Path)):
-        return LazyConfig.preset(spec)
-    if not isinstance(spec, Mapping):
-        raise ConfigError(f"config is a preset, a path or a mapping of fields, not {spec!r}")
-    fields = dict(spec)
-    config = LazyConfig.preset(fields.pop("preset")) if "preset" in fields else LazyConfig()
-    for path, value in sorted(fields.items(), key=lambda field: field[0].count(".")):
-        config = changed(config, path, value)
-    return config
 
 
 class Drawn(Value):
@@ -275,7 +266,7 @@ class Study(Value):
             name = given.name or ", ".join(given.labels.values())
             yield from self._crossed(given.axes, name=name, changes=changes, labels=labels)
             return
-        parts = [shown(value) if path == "preset" else f"{path}={shown(value)}" for path, value in changes.items()]
+        parts = [shown(value) if path == PRESET else f"{path}={shown(value)}" for path, value in changes.items()]
         yield self._cell(given.name or ", ".join(parts) or self._own_name(), changes, labels)
 
     def _cell(self, name: str, changes: Mapping[str, Any], labels: Mapping[str, str]) -> Cell:

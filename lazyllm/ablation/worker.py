@@ -60,7 +60,9 @@ class _Dense:
             except Exception as error:
                 self._failure = _told(error)
         if self._run is None and is_needed:
-            raise InputError(f"the unmodified model failed on this item, and its reply is the reference: {self._failure}")
+            raise InputError(
+                f"the unmodified model failed on this item, and its reply is the reference: {self._failure}"
+            )
         return self._run
 
 

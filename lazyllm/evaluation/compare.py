@@ -1,53 +1,16 @@
-"""Methods beside the unmodified model, item by item: what each gains in time and loses in quality.
-
-Every item is done by every contender before the next one, in shuffled order, so that differences are paired and a
-slow moment of the machine hits all alike. Each verdict is written to disk as it comes; a run that was cut off goes on.
-"""
+"""A method beside the unmodified model on the same items: what it gains in time and loses in quality."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lazyllm.evaluation.digest import digest
 from lazyllm.evaluation.fidelity import token_agreement
-from lazyllm.evaluation.quality import STOCK, Contender, Verdict, judge
+from lazyllm.evaluation.quality import Verdict
 from lazyllm.evaluation.statistics import Effect, median_effect, paired_difference, paired_p_value
-from lazyllm.evaluation.tasks import Item
-
-
-class Journal:
-    """Verdicts by key, kept in a JSON-lines file as they come. A line that was cut off in the middle is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._known: dict[str, Verdict] = {}
-        if path.exists():
-            written = path.read_bytes()
-            whole = written[: written.rfind(b"\n") + 1]
-            if whole != written:
-                path.write_bytes(whole)
-            for line in whole.decode("utf-8").splitlines():
-                entry = json.loads(line)
-                self._known[entry["key"]] = Verdict(**entry["verdict"])
-
-    def get(self, key: str) -> Verdict | None:
-        """What was found before, if it was."""
-        return self._known.get(key)
-
-    def put(self, key: str, verdict: Verdict) -> None:
-        """Keeps a verdict, on disk first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "verdict": asdict(verdict)}) + "\n")
-        self._known[key] = verdict
 
 
 @dataclass(frozen=True)
@@ -91,50 +54,6 @@ class Line:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
-
-
-def run(
-    contenders: Sequence[Contender],
-    tasks: Mapping[str, Sequence[Item]],
-    journal: Journal,
-    *,
-    prefix: str,
-    seed: int = 0,
-    on_item: Callable[[str, int], None] | None = None,
-) -> dict[str, dict[str, list[Verdict]]]:
-    """Verdicts by task and contender, in order of the items; those in the journal are not run again.
-
-    The unmodified model goes first on every item: its reply is the reference where an item has none.
-    """
-    order = random.Random(seed)
-    stock = next(one for one in contenders if one.is_stock)
-    others = [one for one in contenders if one is not stock]
-    verdicts: dict[str, dict[str, list[Verdict]]] = {}
-    for task, items in tasks.items():
-        verdicts[task] = defaultdict(list)
-        for index, item in enumerate(items):
-            order.shuffle(others)
-            for contender in (stock, *others):
-                key = f"{prefix}/{task}/{digest(item)}/{contender.name}/{digest(contender.pipe.config)}"
-                verdict = journal.get(key)
-                if verdict is None:
-                    own = item.reference or contender is stock
-                    reference = None if own else verdicts[task][stock.name][-1].reply
-                    verdict = judge(contender, item, reference=reference)
-                    journal.put(key, verdict)
-                verdicts[task][contender.name].append(verdict)
-            if on_item is not None:
-                on_item(task, index)
-    return verdicts
-
-
-def compare(verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]]) -> list[Line]:
-    """Every contender against the unmodified model, task by task."""
-    return [
-        line_of(task, name, mine, by_name[STOCK])
-        for task, by_name in verdicts.items()
-        for name, mine in by_name.items()
-    ]
 
 
 def line_of(
