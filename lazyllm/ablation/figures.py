@@ -12,8 +12,9 @@ import numpy as np
 from pydantic import model_validator
 
 from lazyllm.errors import ConfigError, InputError, unknown
-from lazyllm.evaluation.compare import Effect, Line
+from lazyllm.evaluation.compare import Line
 from lazyllm.evaluation.plots import BAND_COLOURS, BANDS, DPI, new_figure, reach_of, tidied
+from lazyllm.evaluation.statistics import Effect
 from lazyllm.policies.base import Value
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyllm.errors import InputError, unknown
-from lazyllm.evaluation.compare import Effect, Line, groups
+from lazyllm.evaluation.compare import Line, groups
+from lazyllm.evaluation.statistics import Effect
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from lazyllm.callbacks import TokenTrace
     from lazyllm.costs import Prediction
     from lazyllm.evaluation.bench import BenchReport, Spread
-    from lazyllm.evaluation.compare import Effect, Line
+    from lazyllm.evaluation.compare import Line
     from lazyllm.evaluation.engines import EngineReport
     from lazyllm.evaluation.limits import Entry
     from lazyllm.evaluation.memory import ReplySize
     from lazyllm.evaluation.predictions import Check
     from lazyllm.evaluation.scorers import Kept
+    from lazyllm.evaluation.statistics import Effect
     from lazyllm.result import GenerationStats
 
 BANDS = 4
