@@ -36,6 +36,12 @@ TrackOption = Annotated[list[str] | None, typer.Option(help="mlflow:URI or tenso
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of the results.")]
 
 
+COMPARE_CAPTION = (
+    "paired by item, 95 % intervals; p: exact, two-sided; shows from: the smallest true difference that so many items "
+    "find in 80 % of samples; worse?: by the end of the interval, against the margin"
+)
+
+
 @errors_as_lines()
 def ablate(
     study: Annotated[Path, typer.Argument(help="The study, a YAML or JSON file.")],
@@ -118,6 +124,35 @@ def export(
     from lazyllm.ablation.tables import export as write
 
     typer.echo(f"written: {write(_results(folder), to)}")
+
+
+@app.command()
+@errors_as_lines()
+def compare(
+    folder: FolderArgument,
+    by: Annotated[str, typer.Option(help="What to compare by: score or loss.")] = "score",
+    margin: Annotated[float | None, typer.Option(help="By how much a cell may be worse.")] = None,
+    against: Annotated[str | None, typer.Option(help="A cell; the unmodified model without it.")] = None,
+) -> None:
+    """Says of every cell whether it is no worse than the unmodified model, and whether that can be told at all."""
+    from lazyllm.ablation.comparisons import VALUES, comparisons
+    from lazyllm.ablation.tables import interval
+
+    found = comparisons(_results(folder), by=by, margin=margin, against=against)
+    console = Console(width=None if Console().is_terminal else 200)
+    head = f"{by} ({VALUES[by].unit}) against {against or 'the unmodified model'}, margin {found[0].margin:g}"
+    table = Table("task", "cell", box=SIMPLE, title=head, caption=COMPARE_CAPTION)
+    for column in ("n", "baseline", "mean", "difference", "p", "p, Holm", "shows from"):
+        table.add_column(column, justify="right")
+    table.add_column("worse?")
+    for one in found:
+        table.add_row(
+            one.task, one.cell, str(one.pairs), f"{one.baseline.estimate:.3f}", f"{one.mean.estimate:.3f}", interval(one.difference, "{:+.3f}"),
+            f"{one.p_value:.3f}", f"{one.adjusted_p_value:.3f}", f"{one.detectable:.2g}", one.decision,
+        )  # fmt: skip
+    console.print(table)
+    for warning in dict.fromkeys(f"{one.task}: {text}" for one in found for text in one.warnings):
+        typer.echo(warning)
 
 
 @app.command()

@@ -60,7 +60,7 @@ def cells(line: Line) -> list[str]:
     return [
         line.contender,
         str(line.items),
-        _interval(line.speedup, "{:.1f}", "x"),
+        interval(line.speedup, "{:.1f}", "x"),
         "-" if line.decode_speedup is None else f"{line.decode_speedup.estimate:.2f}x",
         f"{line.computed_fraction:.0%}",
         "-" if line.memory is None else f"{line.memory:.0%}",
@@ -69,7 +69,7 @@ def cells(line: Line) -> list[str]:
         f"+{line.won} -{line.lost}",
         "-" if line.p_value is None else f"{line.p_value:.2f}",
         f"{line.loss:.2f}",
-        _interval(line.loss_change, "{:+.2f}"),
+        interval(line.loss_change, "{:+.2f}"),
         f"{line.agreement:.2f}",
     ]
 
@@ -87,7 +87,8 @@ def markdown(results: Results) -> str:
     return markdown_of(results.lines())
 
 
-def _interval(effect: Effect | None, form: str, unit: str = "") -> str:
+def interval(effect: Effect | None, form: str, unit: str = "") -> str:
+    """An estimate with its interval; a dash for none."""
     if effect is None:
         return "-"
     return f"{form.format(effect.estimate)}{unit} ({form.format(effect.low)} to {form.format(effect.high)})"
