@@ -146,10 +146,10 @@ def compare(
         table.add_column(column, justify="right")
     table.add_column("worse?")
     for one in found:
-        table.add_row(
-            one.task, one.cell, str(one.pairs), f"{one.baseline.estimate:.3f}", f"{one.mean.estimate:.3f}", interval(one.difference, "{:+.3f}"),
-            f"{one.p_value:.3f}", f"{one.adjusted_p_value:.3f}", f"{one.detectable:.2g}", one.decision,
-        )  # fmt: skip
+        means = (f"{mean.estimate:.3f}" for mean in (one.baseline, one.mean))
+        p_values = (f"{value:.3f}" for value in (one.p_value, one.adjusted_p_value))
+        difference, shows = interval(one.difference, "{:+.3f}"), f"{one.detectable:.2g}"
+        table.add_row(one.task, one.cell, str(one.pairs), *means, difference, *p_values, shows, one.decision)
     console.print(table)
     for warning in dict.fromkeys(f"{one.task}: {text}" for one in found for text in one.warnings):
         typer.echo(warning)
