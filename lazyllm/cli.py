@@ -591,7 +591,8 @@ def inspect_prompt(
     pipe = LazyPipeline.from_config(config, *_load(model, gguf_file, dtype, weights))
     question: Any = [{"role": "user", "content": text}] if chat else text
     inspection = record(pipe, question, query=query, max_new_tokens=max_new_tokens, do_sample=False)
-    typer.echo(save_inspection(inspection, output))
+    title = f"{inspection.stats.prompt_tokens:,} prompt tokens through {Path(model).name}, {preset}"
+    typer.echo(save_inspection(inspection, output, title=title))
 
 
 @app.command("report")

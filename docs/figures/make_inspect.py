@@ -29,7 +29,8 @@ def write() -> Path:
     (item,) = make_items("squad", Maker(tokenizer, TOKENS), 1, seed=SEED)
     pipe = LazyPipeline.from_preset("recommended", model, tokenizer)
     PAGE.parent.mkdir(exist_ok=True)
-    return inspect(pipe, item.prompt, PAGE, max_new_tokens=NEW_TOKENS, do_sample=False)
+    title = "A question among distracting paragraphs, SmolLM2-135M-Instruct, recommended"
+    return inspect(pipe, item.prompt, PAGE, title=title, max_new_tokens=NEW_TOKENS, do_sample=False)
 
 
 def photograph(page: Path, path: Path) -> None:

@@ -54,7 +54,13 @@ class Inspection:
 
 
 def inspect(
-    pipe: LazyPipeline, prompt: Prompt, path: str | Path, *, query: Query | None = None, **options: Any
+    pipe: LazyPipeline,
+    prompt: Prompt,
+    path: str | Path,
+    *,
+    query: Query | None = None,
+    title: str | None = None,
+    **options: Any,
 ) -> Path:
     """Generates a reply to one prompt and writes a page that shows what was computed for it.
 
@@ -63,12 +69,13 @@ def inspect(
         prompt: a string, token ids or chat messages.
         path: the HTML file to write.
         query: what the prompt asks, as in `generate`.
+        title: of the page; without one it says how long the prompt is, and what model it went through.
         options: those of `generate`; one reply, without beams.
 
     Raises:
         InputError: for a batch, several replies, or a file that cannot be written.
     """
-    return save_inspection(record(pipe, prompt, query=query, **options), path)
+    return save_inspection(record(pipe, prompt, query=query, **options), path, title=title)
 
 
 def record(pipe: LazyPipeline, prompt: Prompt, *, query: Query | None = None, **options: Any) -> Inspection:
@@ -130,7 +137,7 @@ def _query(pipe: LazyPipeline, encoded: EncodedPrompt) -> Flags:
 # -- the page --------------------------------------------------------------------------------------
 
 
-def save_inspection(inspection: Inspection, path: str | Path) -> Path:
+def save_inspection(inspection: Inspection, path: str | Path, *, title: str | None = None) -> Path:
     """Writes the page of a generation; the same bytes for the same one.
 
     Raises:
@@ -139,7 +146,7 @@ def save_inspection(inspection: Inspection, path: str | Path) -> Path:
     stats = inspection.stats
     html = render(
         "inspect",
-        title=f"{stats.prompt_tokens:,} prompt tokens through {inspection.model}",
+        title=title or f"{stats.prompt_tokens:,} prompt tokens through {inspection.model}",
         data=_page_data(inspection),
         inspection=inspection,
         figures=list(_figures(stats)),

@@ -166,19 +166,18 @@ function draw(found) {
   const [width, height] = [canvas.clientWidth * devicePixelRatio, 34 * devicePixelRatio];
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d");
-  const style = getComputedStyle($("legend").querySelector(".revived"));
   context.clearRect(0, 0, width, height);
   context.fillStyle = getComputedStyle($("bars").firstChild).backgroundColor;
   const columns = Math.max(1, Math.min(tokens, Math.floor(width)));
   for (let column = 0; column < columns; column++) {
     const [from, to] = [column, column + 1].map((at) => Math.floor((at * tokens) / columns));
     let sum = 0;
-    for (let token = from; token < to; token++) sum += depths[token];
-    context.globalAlpha = sum / (Math.max(1, to - from) * data.layers);
+    for (let token = from; token < to; token++) sum += depths[token] && 0.15 + (0.85 * depths[token]) / data.layers;
+    context.globalAlpha = sum / Math.max(1, to - from);
     context.fillRect((column * width) / columns, 0, width / columns + 0.5, height);
   }
   context.globalAlpha = 1;
-  context.fillStyle = style.outlineColor;
+  context.fillStyle = getComputedStyle($("bars").querySelector("i")).backgroundColor;
   found.forEach((token) => context.fillRect((token * width) / tokens - devicePixelRatio / 2, 0, 2 * devicePixelRatio, height));
   canvas.ariaLabel = `The prompt from its first to its last token, darker where tokens are deeper; ${count(found.length, "token")} revived`;
 }
