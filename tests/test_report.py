@@ -90,7 +90,7 @@ def test_figures_are_the_same_each_time_and_take_the_pages_ink(draw):
     assert "currentColor" in first.svg
     assert "#000000" not in first.svg
     assert "<p>" not in first.svg
-    assert "loss over speedup" in first.text
+    assert "Loss over speedup" in first.text
 
 
 @pytest.mark.parametrize("draw", [front_figure, curve_figure])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -17,7 +17,7 @@ INK = "#010203"
 COLOURS = ("#2f79ad", "#c4621c", "#3c8a55", "#a4529a", "#867722", "#c04a4a", "#5a6dcc", "#6b747f")
 """All with a contrast of 3 and more on a light page and on a dark one."""
 MARKERS = "osD^vPX*"
-MOST_LABELS = 14
+LEGEND_COLUMNS = 3
 STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "lazyllm",
@@ -80,17 +80,18 @@ def front_figure(groups: Mapping[str, Sequence[Point]], *, title: str, x: Axis, 
     if not points:
         raise InputError(f"the figure {title!r} has no points")
     best = front(points, x, y)
-    figure, axes = _new_figure(x, y)
-    for (name, group), colour, marker in zip(groups.items(), cycle(COLOURS), cycle(MARKERS)):
-        _draw_points(axes, name, group, colour, marker)
-    axes.plot(*_places(best), color=INK, linewidth=0.8, zorder=1, label="front")
-    for point in best[:MOST_LABELS]:
-        place = (point.x.value, point.y.value)
-        axes.annotate(point.label, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.legend(fontsize=8)
-    listed = "; ".join(f"{point.label} ({_said(point.x)}, {_said(point.y)})" for point in best)
-    text = f"{y.name} over {x.name}. Of {len(points)} points {len(best)} are on the front: {listed}."
-    return Figure(title, _svg(figure), text)
+
+    def draw(axes: Any) -> None:
+        for (name, group), colour, marker in zip(groups.items(), cycle(COLOURS), cycle(MARKERS)):
+            _draw_points(axes, name, group, colour, marker)
+        axes.plot(*_places(best), color=INK, linewidth=0.8, zorder=1, label="front")
+        for number, point in enumerate(best, 1):
+            place = (point.x.value, point.y.value)
+            axes.annotate(str(number), place, xytext=(4, 4), textcoords="offset points")
+
+    listed = [f"{number} {p.label} ({_said(p.x)}, {_said(p.y)})" for number, p in enumerate(best, 1)]
+    text = f"{_opening(y)} over {x.name}. Of {len(points)} points {len(best)} are on the front: {'; '.join(listed)}."
+    return Figure(title, _drawn(x, y, draw), text)
 
 
 def curve_figure(curves: Mapping[str, Sequence[Point]], *, title: str, x: Axis, y: Axis) -> Figure:
@@ -101,29 +102,46 @@ def curve_figure(curves: Mapping[str, Sequence[Point]], *, title: str, x: Axis, 
     """
     if not any(curves.values()):
         raise InputError(f"the figure {title!r} has no points")
-    figure, axes = _new_figure(x, y)
-    for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS)):
-        points = sorted(points, key=lambda point: point.x.value)
-        xs, ys = _places(points)
-        axes.plot(xs, ys, color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
-        lows, highs = zip(*(_interval(point.y) for point in points), strict=True)
-        axes.fill_between(xs, lows, highs, color=colour, alpha=0.2, linewidth=0)
-    axes.legend(fontsize=8)
+
+    def draw(axes: Any) -> None:
+        for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS)):
+            _draw_curve(axes, name, points, colour, marker)
+
     told = [f"{name}: " + ", ".join(f"{_said(p.y)} at {_said(p.x)}" for p in points) for name, points in curves.items()]
-    return Figure(title, _svg(figure), f"{y.name} over {x.name}. " + "; ".join(told) + ".")
+    return Figure(title, _drawn(x, y, draw), f"{_opening(y)} over {x.name}. {'; '.join(told)}.")
 
 
-def _new_figure(x: Axis, y: Axis) -> tuple[Any, Any]:
+def _drawn(x: Axis, y: Axis, draw: Callable[[Any], None]) -> str:
+    """What `draw` puts between the axes; without a date or a background, so that the same points give the same text."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure as Canvas
     except ImportError:
         raise InputError("figures need matplotlib, which is not installed: pip install lazyllm-torch[pages]") from None
+    written = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure = Canvas(figsize=(5.6, 3.7), layout="constrained")
-        axes = figure.subplots()
-    axes.set(xlabel=x.name, ylabel=y.name)
-    return figure, axes
+        canvas = Canvas(figsize=(5.6, 3.7), layout="constrained")
+        axes = canvas.subplots()
+        axes.set(xlabel=x.name, ylabel=y.name)
+        draw(axes)
+        canvas.legend(loc="outside upper left", ncols=LEGEND_COLUMNS, fontsize=8)
+        canvas.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _of_the_page(written.getvalue())
+
+
+def _of_the_page(svg: str) -> str:
+    """The `svg` element with the page's ink and font."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"font: (\S+) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+
+
+def _draw_curve(axes: Any, name: str, points: Sequence[Point], colour: str, marker: str) -> None:
+    points = sorted(points, key=lambda point: point.x.value)
+    xs, ys = _places(points)
+    axes.plot(xs, ys, color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
+    lows, highs = zip(*(_interval(point.y) for point in points), strict=True)
+    axes.fill_between(xs, lows, highs, color=colour, alpha=0.2, linewidth=0)
 
 
 def _draw_points(axes: Any, name: str, points: Sequence[Point], colour: str, marker: str) -> None:
@@ -149,18 +167,9 @@ def _interval(estimate: Estimate) -> tuple[float, float]:
     return min(low, estimate.value), max(high, estimate.value)
 
 
+def _opening(axis: Axis) -> str:
+    return axis.name[:1].upper() + axis.name[1:]
+
+
 def _said(estimate: Estimate) -> str:
     return f"{estimate.value:.3g}"
-
-
-def _svg(figure: Any) -> str:
-    """The drawing without a date or a background, so that the same points give the same text."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(STYLE):
-        written = io.StringIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = written.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r"font: (\S+) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
-    return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)

@@ -274,5 +274,9 @@ def _item_data(item: Item, cells: Sequence[str]) -> dict[str, Any]:
     return {
         "reference": item.reference,
         "answers": list(item.answers),
-        "replies": [[reply.text, reply.error] if reply else None for reply in replies],
+        "replies": [_reply_data(reply) if reply else None for reply in replies],
     }
+
+
+def _reply_data(reply: Reply) -> list[Any]:
+    return [reply.text, reply.error, _finite(reply.score), _finite(reply.loss)]

@@ -172,9 +172,8 @@ async function promptOf(item) {
 /** Shows the page of items that begins at `from`. */
 async function turn() {
   const asked = latest;
-  const scores = await Promise.all([block("scores-0"), block(`scores-${cell}`)]);
   const page = found.slice(from, from + PAGE);
-  const lines = await Promise.all(page.map(async (item) => line(item, await repliesTo(item), scores)));
+  const lines = await Promise.all(page.map(async (item) => line(item, await repliesTo(item))));
   if (asked !== latest) return;
   $("items").replaceChildren(...(lines.length ? lines : [element("li", { className: "none quiet", textContent: "No item passes." })]));
   const end = Math.min(from + PAGE, found.length);
@@ -183,37 +182,42 @@ async function turn() {
   $("next").disabled = end === found.length;
 }
 
-function line(item, { reference, answers, replies }, [before, after]) {
+function line(item, { reference, answers, replies }) {
   const details = element("details", {}, element("summary", {},
     element("span", {}, `${shown(data.tasks[itemTasks[item]])} ${itemNumbers[item]}`),
     field("reference", reference),
-    field(data.cells[0], ...reply(replies[0]), before[item]),
-    field(data.cells[cell], ...reply(replies[cell]), after[item], before[item]),
+    field(data.cells[0], said(replies[0]), ...measures(replies[0])),
+    field(data.cells[cell], said(replies[cell]), ...measures(replies[cell], replies[0])),
   ));
   details.addEventListener("toggle", () => details.open && details.childElementCount === 1 && open(details, item, answers, replies));
   return element("li", {}, details);
 }
 
-function reply(told) {
-  const [text, error] = told ?? ["", "no result"];
-  return [error ? `error: ${error}` : text];
+function said(reply) {
+  const [text, error] = reply ?? ["", "no result"];
+  return error ? `error: ${error}` : text;
 }
 
-function field(name, text, measured, compared) {
-  return element("span", {}, element("span", { className: "key" }, shown(name), ...measures(measured, compared)), shown(text));
+function field(name, text, ...measured) {
+  return element("span", {}, element("span", { className: "key" }, shown(name), ...measured), shown(text));
 }
 
 /** Score and loss as text; a score that differs from the one it is compared with stands out. */
-function measures(measured, compared) {
-  const [score, loss] = measured ?? [null, null];
+function measures(reply, compared) {
+  const [score, loss] = reply?.slice(2) ?? [null, null];
   const parts = [];
   if (score !== null) {
-    const against = compared?.[0] ?? score;
-    const verdict = score > against ? "won" : score < against ? "lost" : "";
+    const verdict = verdictOn(reply, compared);
     parts.push(element("span", { className: verdict, textContent: ` · score ${Number(score.toFixed(3))}${verdict && `, ${verdict}`}` }));
   }
   if (loss !== null) parts.push(` · loss ${loss.toFixed(2)}`);
   return parts;
+}
+
+function verdictOn(reply, compared) {
+  const [score, against] = [reply, compared].map((one) => one?.[2] ?? null);
+  if (score === null || against === null) return "";
+  return score > against ? "won" : score < against ? "lost" : "";
 }
 
 async function open(details, item, answers, replies) {
@@ -221,8 +225,13 @@ async function open(details, item, answers, replies) {
   details.append(parts);
   if (answers.length) parts.append(element("p", { className: "quiet", textContent: `right answers: ${answers.map(shown).join(" | ")}` }));
   if (data.prompts) parts.append(element("pre", { textContent: shown(await promptOf(item)), tabIndex: 0 }));
-  const heads = element("tr", {}, ...["cell", "reply"].map((text) => element("th", { scope: "col", textContent: text })));
-  const lines = replies.map((told, at) => told && element("tr", {}, element("td", { textContent: shown(data.cells[at]) }), element("td", { textContent: shown(reply(told)[0]) })));
+  const heads = element("tr", {}, ...["cell", "score", "loss", "reply"].map((text, at) => element("th", { scope: "col", textContent: text, className: at % 3 ? "number" : "" })));
+  const lines = replies.map((reply, at) => reply && element("tr", {},
+    element("td", { textContent: shown(data.cells[at]) }),
+    element("td", { className: `number ${verdictOn(reply, replies[0])}`, textContent: reply[2] === null ? "–" : Number(reply[2].toFixed(3)) }),
+    element("td", { className: "number", textContent: reply[3]?.toFixed(2) ?? "–" }),
+    element("td", { className: "said", textContent: shown(said(reply)) }),
+  ));
   parts.append(element("table", {}, element("thead", {}, heads), element("tbody", {}, ...lines.filter(Boolean))));
 }
 
