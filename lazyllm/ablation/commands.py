@@ -92,6 +92,21 @@ def evaluate(
         _run(study, out, workers, ray, retry, retime, [])
 
 
+@errors_as_lines()
+def report(
+    folder: FolderArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file; FOLDER.html.")] = None,
+    prompts: Annotated[bool, typer.Option("--prompts/--no-prompts", help="Whether prompts go into the page.")] = True,
+) -> None:
+    """Writes a page of a study: table, figures, and every item with its replies."""
+    from lazyllm.ablation.report import report_data
+    from lazyllm.pages.report import report as write
+
+    data = report_data(_results(folder), Study.load(folder / STUDY))
+    path = write(data, output or folder.with_name(f"{folder.resolve().name}.html"), prompts=prompts)
+    typer.echo(f"written: {path}")
+
+
 @app.command()
 @errors_as_lines()
 def status(folder: FolderArgument) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -163,13 +163,31 @@ def save_picture(results: Results, picture: Picture, path: str | Path) -> Path:
 
 
 def svg_of(results: Results, picture: Picture) -> str:
-    """The picture as SVG, the same text every time."""
-    from matplotlib import rc_context
+    """The picture as an `svg` element for a page, the same text every time."""
+    from lazyllm.pages.drawing import inline_svg, page_style
 
-    text = io.StringIO()
-    with rc_context({"svg.hashsalt": "lazyllm", "svg.fonttype": "none"}):
-        draw(results, picture).savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    with page_style():
+        figure = draw(results, picture)
+    return inline_svg(figure)
+
+
+def in_words(results: Results, picture: Picture) -> str:
+    """What the picture shows, for those who cannot see it."""
+    if picture.kind == "growth":
+        return (
+            "Share of the prompt computed by the end of the reply, mean over layers: "
+            + "; ".join(
+                f"{cell} {mean(mean(item[-1]) for item in known):.0%}" for cell, known in _growing(results).items()
+            )
+            + "."
+        )
+    shown = MEASURES[picture.of if picture.kind == "map" else picture.y]
+    told = [
+        f"{line.task}, {line.contender}: {shown.form.format(value)}"
+        for line in results.lines()
+        if (value := _value(shown.read(line))) is not None
+    ]
+    return f"{shown.title[:1].upper()}{shown.title[1:]}. {'; '.join(told)}."
 
 
 def _is_stock(results: Results, line: Line) -> bool:
@@ -354,8 +372,7 @@ def _in_order(labels: Iterable[str]) -> list[str]:
 
 def _growth(results: Results, picture: Picture) -> Figure:
     """A panel per cell: means over all items, by band of layers."""
-    shares = {cell: list(_shares(results, cell)) for cell, facts in results.plan.cells.items() if not facts.is_stock}
-    shares = {cell: known for cell, known in shares.items() if known}
+    shares = _growing(results)
     if not shares:
         raise InputError("the study has no results to draw yet")
     figure, panels = _panels(len(shares), picture.title)
@@ -369,6 +386,12 @@ def _growth(results: Results, picture: Picture) -> Figure:
         axes.set(title=cell, xlabel="tokens of the reply", ylabel="share of the prompt computed", ylim=(0, 1.02))
         axes.legend(loc="best", fontsize=7)
     return tidied(figure)
+
+
+def _growing(results: Results) -> dict[str, list[list[list[float]]]]:
+    """By cell, `_shares` of every item."""
+    lazy = [cell for cell, facts in results.plan.cells.items() if not facts.is_stock]
+    return {cell: known for cell in lazy if (known := list(_shares(results, cell)))}
 
 
 def _shares(results: Results, cell: str) -> Iterator[list[list[float]]]:

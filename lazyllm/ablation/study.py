@@ -80,6 +80,7 @@ class Study(Value):
         cells: explicit ones, each a mapping of changes; with `axes` of its own it stands for their product, `labels`
             say where it lies on axes that it does not change, and `name` what it is called.
         figures: pictures of the results, for `lazyllm study figures` and the report.
+        conclusions: what follows from the results, in words, for the report.
 
     Raises:
         ConfigError: for anything that cannot be, with the nearest name that exists.
@@ -102,6 +103,7 @@ class Study(Value):
     combine: Literal["grid"] | Drawn = "grid"
     cells: tuple[dict[str, Any], ...] = ()
     figures: tuple[Picture, ...] = ()
+    conclusions: str = ""
 
     @model_validator(mode="before")
     @classmethod

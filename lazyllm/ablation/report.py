@@ -1,0 +1,105 @@
+"""A study's results as what a page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from lazyllm.ablation.figures import MEASURES, in_words, svg_of
+from lazyllm.ablation.plan import Place
+from lazyllm.ablation.results import Results
+from lazyllm.ablation.study import Study
+from lazyllm.ablation.units import versions
+from lazyllm.evaluation.compare import Line
+from lazyllm.pages.report import Column, Estimate, Figure, Item, Reply, ReportData, Row, Value
+
+EXTRA = {"won": "answers with a higher score than the unmodified model's", "lost": "answers with a lower one"}
+"""Columns that are no measures, and what they mean."""
+
+
+def report_data(results: Results, study: Study) -> ReportData:
+    """Table, figures, and every item with its replies.
+
+    Args:
+        results: what the study found.
+        study: the figures it names, its conclusions, and what it was.
+    """
+    lines, cells = results.lines(), results.plan.cells
+    axes: dict[str, list[str]] = {}
+    for title, label in chain.from_iterable(cell.labels.items() for cell in cells.values()):
+        if label not in axes.setdefault(title, []):
+            axes[title].append(label)
+    return ReportData(
+        title=study.name,
+        conditions=_conditions(study, lines),
+        axes=axes,
+        columns=_columns(),
+        rows=[Row(line.contender, cells[line.contender].labels, line.task, line.items, _values(line)) for line in lines],
+        baseline=next(cell.name for cell in cells.values() if cell.is_stock),
+        figures=[Figure(figure.title or figure.kind, svg_of(results, figure), in_words(results, figure))
+                 for figure in study.figures] if lines else [],
+        items=list(_items(results)),
+        conclusions=study.conclusions,
+        command=f"lazyllm ablate {study.name}.yaml",
+    )  # fmt: skip
+
+
+def _conditions(study: Study, lines: list[Line]) -> str:
+    counts = sorted({line.items for line in lines}) or [0]
+    items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    _, own, torch, transformers = versions()
+    return (
+        f"{study.setting}; {items} items with results per row, paired with the unmodified model's; 95 % intervals; "
+        f"lazyllm {own}, torch {torch}, transformers {transformers}."
+    )
+
+
+def _columns() -> list[Column]:
+    measures = [Column(_name(name), measure.title) for name, measure in MEASURES.items()]
+    return [*measures, *(Column(name, meaning, digits=0) for name, meaning in EXTRA.items())]
+
+
+def _name(measure: str) -> str:
+    return measure.replace("_", " ")
+
+
+def _values(line: Line) -> dict[str, Value]:
+    found: dict[str, Value] = {name: float(getattr(line, name)) for name in EXTRA}
+    for name, measure in MEASURES.items():
+        effect = measure.read(line)
+        if effect is not None:
+            has_interval = effect.low != effect.high
+            found[_name(name)] = Estimate(effect.estimate, effect.low, effect.high) if has_interval else effect.estimate
+    return found
+
+
+def _items(results: Results) -> Iterator[Item]:
+    """Every item once a task, with what each cell replied; where settings differ, each has items of its own."""
+    shelves: dict[tuple[str, str], list[Place]] = {}
+    for place in results.plan.places:
+        shelves.setdefault((place.task, place.item), []).append(place)
+    numbers: dict[str, int] = {}
+    for (task, item), places in shelves.items():
+        numbers[task] = numbers.get(task, -1) + 1
+        content = results.items.get(item, {})
+        replies = {place.cell: reply for place in places if (reply := _reply(results, place)) is not None}
+        yield Item(
+            task, numbers[task], _as_text(content.get("prompt", "")), str(content.get("reference", "")),
+            list(content.get("answers", ())), replies,
+        )  # fmt: skip
+
+
+def _reply(results: Results, place: Place) -> Reply | None:
+    record, verdict = results.record(place), results.verdict(place)
+    if verdict is not None:
+        return Reply(verdict.text, verdict.score, verdict.loss)
+    return None if record is None else Reply("", error=record.error or "")
+
+
+def _as_text(prompt: Any) -> str:
+    """A prompt as it can be read: text, or the turns of a chat."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = [turn for turn in prompt if isinstance(turn, Mapping)]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
