@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyllm import ConfigError, InputError, LazyConfig, preset_names
+from lazyllm import ConfigError, DropCache, InputError, LazyConfig, Pooled, Random, Stages, preset_names
 from lazyllm.ablation import Axis, Draw, Span, Study
 from lazyllm.ablation.cells import changed
 from lazyllm.ablation.engine import StudyCallback, prepare
@@ -26,6 +26,27 @@ from lazyllm.ablation.units import Record
 from lazyllm.evaluation import data
 from lazyllm.evaluation.quality import judge
 from tests.studies import NotANumber, figures, load, short_items, small
+
+
+def test_a_study_made_of_objects_is_written_as_a_file_that_says_the_same():
+    study = small(
+        cells=[
+            {"name": "whole", "config": LazyConfig(scorer=NotANumber(), schedule=Stages({1: 0.5}))},
+            {
+                "name": "parts",
+                "scorer": Pooled(scorer=Random(3), width=5),
+                "axes": [{"field": "cache", "values": [DropCache()]}],
+            },
+        ],
+        axes=[
+            {"field": "scorer", "values": {"a": Random(1), "b": NotANumber()}},
+            {"zip": {"schedule": [Stages({1: 0.2})]}},
+        ],
+    )
+    again = Study.from_text(study.to_yaml(), name=study.name)
+    assert again.all_cells() == study.all_cells()
+    assert Study.from_text(again.to_yaml(), name=study.name) == again
+
 
 RECENT = {"field": "protect.recent", "values": [4, 16]}
 

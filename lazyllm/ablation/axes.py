@@ -10,9 +10,12 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
+from lazyllm.caches import CACHES
+from lazyllm.config import LazyConfig
 from lazyllm.errors import ConfigError, unknown
+from lazyllm.policies import SCHEDULES, SCORERS
 from lazyllm.policies.base import Value
 
 KINDS = ("values", "sweep", "random", "zip")
@@ -78,6 +81,26 @@ class Draw(Value):
         return round(drawn) if self.whole else _short(drawn)
 
 
+def plain(value: Any) -> Any:
+    """A value as a file holds it: policies and configurations as the mappings that make them again."""
+    for registry in (SCORERS, SCHEDULES, CACHES):
+        if isinstance(value, registry.base):
+            return registry.describe(value)
+    if isinstance(value, LazyConfig):
+        return value.to_dict()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value
+
+
+Plain = PlainSerializer(plain)
+"""Of fields that may hold anything a configuration may."""
+
+
 class Axis(Value):
     """A field and what it takes; the study runs every combination of its axes.
 
@@ -96,12 +119,12 @@ class Axis(Value):
     """
 
     field: str | None = None
-    values: Annotated[tuple[Any, ...] | dict[str, Any] | None, Field(min_length=1)] = None
+    values: Annotated[tuple[Any, ...] | dict[str, Any] | None, Field(min_length=1), Plain] = None
     sweep: str | None = None
     over: dict[str, Span | Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default_factory=dict)
     random: Draw | None = None
     draws: Annotated[int, Field(ge=1)] = 1
-    zip: dict[str, tuple[Any, ...]] | None = None
+    zip: Annotated[dict[str, tuple[Any, ...]] | None, Plain] = None
     labels: tuple[str, ...] | None = None
     name: str = ""
 
@@ -210,7 +233,8 @@ def _told(parts: Mapping[str, str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a label."""
+    """A value as a label; policies as they stand in a file."""
+    value = plain(value) if isinstance(value, BaseModel) else value
     if isinstance(value, float):
         return f"{value:.9g}"
     if isinstance(value, Mapping):

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from lazyllm.ablation.figures import MEASURES, in_words, svg_of
-from lazyllm.ablation.plan import Place
+from lazyllm.ablation.figures import MEASURES, Picture, in_words, svg_of
+from lazyllm.ablation.plan import CellFacts, Place
 from lazyllm.ablation.results import Results
 from lazyllm.ablation.study import Study
 from lazyllm.ablation.units import versions
@@ -26,23 +26,34 @@ def report_data(results: Results, study: Study) -> ReportData:
         study: the figures it names, its conclusions, and what it was.
     """
     lines, cells = results.lines(), results.plan.cells
-    axes: dict[str, list[str]] = {}
-    for title, label in chain.from_iterable(cell.labels.items() for cell in cells.values()):
-        if label not in axes.setdefault(title, []):
-            axes[title].append(label)
     return ReportData(
         title=study.name,
         conditions=_conditions(study, lines),
-        axes=axes,
+        axes=_axes(results),
         columns=_columns(),
-        rows=[Row(line.contender, cells[line.contender].labels, line.task, line.items, _values(line)) for line in lines],
+        rows=[_row(line, cells[line.contender]) for line in lines],
         baseline=next(cell.name for cell in cells.values() if cell.is_stock),
-        figures=[Figure(figure.title or figure.kind, svg_of(results, figure), in_words(results, figure))
-                 for figure in study.figures] if lines else [],
+        figures=[_figure(results, picture) for picture in study.figures] if lines else [],
         items=list(_items(results)),
         conclusions=study.conclusions,
         command=f"lazyllm ablate {study.name}.yaml",
-    )  # fmt: skip
+    )
+
+
+def _axes(results: Results) -> dict[str, list[str]]:
+    """By axis, the labels that cells have on it."""
+    axes: dict[str, dict[str, None]] = {}
+    for title, label in chain.from_iterable(cell.labels.items() for cell in results.plan.cells.values()):
+        axes.setdefault(title, {})[label] = None
+    return {title: list(labels) for title, labels in axes.items()}
+
+
+def _row(line: Line, cell: CellFacts) -> Row:
+    return Row(line.contender, cell.labels, line.task, line.items, _values(line))
+
+
+def _figure(results: Results, picture: Picture) -> Figure:
+    return Figure(picture.title or picture.kind, svg_of(results, picture), in_words(results, picture))
 
 
 def _conditions(study: Study, lines: list[Line]) -> str:
@@ -85,9 +96,13 @@ def _items(results: Results) -> Iterator[Item]:
         content = results.items.get(item, {})
         replies = {place.cell: reply for place in places if (reply := _reply(results, place)) is not None}
         yield Item(
-            task, numbers[task], _as_text(content.get("prompt", "")), str(content.get("reference", "")),
-            list(content.get("answers", ())), replies,
-        )  # fmt: skip
+            task=task,
+            index=numbers[task],
+            prompt=_as_text(content.get("prompt", "")),
+            reference=str(content.get("reference", "")),
+            answers=list(content.get("answers", ())),
+            replies=replies,
+        )
 
 
 def _reply(results: Results, place: Place) -> Reply | None:

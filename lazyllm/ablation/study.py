@@ -14,7 +14,7 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from lazyllm.ablation.axes import Axis, Level, shown
+from lazyllm.ablation.axes import Axis, Level, Plain, shown
 from lazyllm.ablation.cells import (
     PRESET,
     Cell,
@@ -101,7 +101,7 @@ class Study(Value):
     )
     axes: tuple[Axis, ...] = ()
     combine: Literal["grid"] | Drawn = "grid"
-    cells: tuple[dict[str, Any], ...] = ()
+    cells: Annotated[tuple[dict[str, Any], ...], Plain] = ()
     figures: tuple[Picture, ...] = ()
     conclusions: str = ""
 

@@ -1,0 +1,77 @@
+"""The report of a study says what its results say."""
+
+import pytest
+from typer.testing import CliRunner
+
+from lazyllm.ablation import Study
+from lazyllm.ablation.report import report_data
+from lazyllm.ablation.results import Results
+from lazyllm.ablation.store import STUDY
+from lazyllm.cli import app
+from lazyllm.pages.report import Estimate
+from tests.studies import NotANumber, load, small
+
+CELLS = [
+    {"name": "swept", "axes": [{"field": "schedule", "sweep": "Constant(keep=KEEP, start=1)", "keep": [0.2, 0.6]}]},
+    {"name": "broken", "scorer": NotANumber()},
+]
+FIGURES = [{"kind": "curves", "x": "keep", "y": "loss_change", "title": "Loss"}, {"kind": "growth"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("studies") / "sizes"
+    small(name="sizes", cells=CELLS, figures=FIGURES, conclusions="More is better.").run(path, load=load)
+    return path
+
+
+def test_rows_are_the_lines_and_items_hold_what_every_cell_replied(folder):
+    results, study = Results.load(folder), Study.load(folder / STUDY)
+    data = report_data(results, study)
+    assert data.axes["keep"] == ["0.2", "0.6"]
+    assert (data.baseline, data.title, data.conclusions) == ("stock", "sizes", "More is better.")
+    lines = results.lines()
+    assert [(row.cell, row.task, row.items) for row in data.rows] == [
+        (line.contender, line.task, line.items) for line in lines
+    ]
+    for row, line in zip(data.rows, lines, strict=True):
+        effect = line.loss_change
+        assert row.values["loss change"] in (Estimate(effect.estimate, effect.low, effect.high), effect.estimate)
+        assert (row.values["won"], row.values["lost"]) == (line.won, line.lost)
+    assert len(data.items) == 3
+    for item in data.items:
+        assert set(item.replies) == set(results.plan.cells)
+        assert "not finite" in item.replies["broken"].error or "NaN" in item.replies["broken"].error
+        assert item.prompt.startswith("user: ")
+    places = [place for place in results.plan.places if place.task == "records" and place.index == 1]
+    second = next(item for item in data.items if (item.task, item.index) == ("records", 1))
+    for place in places:
+        verdict = results.verdict(place)
+        if verdict is not None:
+            assert second.replies[place.cell].text == verdict.text
+            assert second.replies[place.cell].loss == verdict.loss
+
+
+def test_figures_are_drawn_with_the_ink_of_the_page_and_told_in_words(folder):
+    first, second = report_data(Results.load(folder), Study.load(folder / STUDY)).figures
+    assert first.title == "Loss"
+    assert first.svg.startswith("<svg")
+    assert "currentColor" in first.svg
+    assert "swept, schedule=0.2: " in first.text
+    assert "computed by the end" in second.text
+
+
+def test_the_command_writes_a_page_beside_the_folder(folder):
+    done = CliRunner().invoke(app, ["report", str(folder)])
+    assert done.exit_code == 0, done.output
+    page = folder.with_name("sizes.html")
+    assert "More is better." in page.read_text(encoding="utf-8")
+    refused = CliRunner().invoke(app, ["report", str(folder.parent)])
+    assert refused.exit_code == 2
+    assert "holds no study" in refused.output
+
+
+def test_figures_are_written_by_a_command_too(folder, tmp_path):
+    done = CliRunner().invoke(app, ["study", "figures", str(folder), "--to", str(tmp_path), "--ending", "svg"])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sizes-1-curves.svg", "sizes-2-growth.svg"]
