@@ -16,7 +16,7 @@ from lazyllm.caches import CACHES
 from lazyllm.config import LazyConfig
 from lazyllm.errors import ConfigError, unknown
 from lazyllm.policies import SCHEDULES, SCORERS
-from lazyllm.policies.base import Value
+from lazyllm.policies.base import Registry, Value
 
 KINDS = ("values", "sweep", "random", "zip")
 """How an axis says what its field takes; one of these."""
@@ -83,7 +83,8 @@ class Draw(Value):
 
 def plain(value: Any) -> Any:
     """A value as a file holds it: policies and configurations as the mappings that make them again."""
-    for registry in (SCORERS, SCHEDULES, CACHES):
+    registries: tuple[Registry[Any], ...] = (SCORERS, SCHEDULES, CACHES)
+    for registry in registries:
         if isinstance(value, registry.base):
             return registry.describe(value)
     if isinstance(value, LazyConfig):
