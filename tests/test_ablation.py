@@ -141,6 +141,13 @@ def test_cells_are_a_product_and_a_draw_is_a_part_of_it(sizes, asked, seed):
     assert drawn == cells_of(small(axes=axes, seed=seed, combine={"random": asked}))
 
 
+@given(low=st.integers(-9, 9), steps=st.integers(1, 30), step=st.sampled_from([0.5, 1, 2, 3]), over=st.floats(0, 0.4))
+def test_drawn_numbers_lie_on_their_steps(low, steps, step, over):
+    axis = Axis(field="x", random=Draw(low=low, high=low + (steps + over) * step, step=step), draws=9)
+    found = {(level.changes["x"] - low) / step for level in axis.levels(1)}
+    assert found <= set(range(steps + 1))
+
+
 @given(low=st.floats(0.01, 5), width=st.floats(0.1, 50), log=st.booleans(), steps=st.integers(2, 7))
 def test_numbers_stay_between_their_ends(low, width, log, steps):
     span = Span(**{"from": low, "to": low + width, "steps": steps, "log": log}).numbers()
@@ -212,7 +219,7 @@ WRONG = {
     "a dtype": ({"dtype": "float31"}, "Did you mean 'float32'"),
     "two kinds": ({"axes": [{"field": "chunk", "values": [1], "sweep": "A", "a": [1]}]}, "values, sweep"),
     "no kind": ({"axes": [{"field": "chunk"}]}, "has none"),
-    "a sweep's word": ({"axes": [{"field": "schedule", "sweep": "Constant(KEEP)", "kep": [1]}]}, "no KEP"),
+    "a sweep's word": ({"axes": [{"field": "schedule", "sweep": "Constant(KEEP)", "kep": [1]}]}, "no KEP that 'kep'"),
     "zips of two lengths": ({"axes": [{"zip": {"chunk": [1], "scorer": []}}]}, "equally many"),
     "labels": ({"axes": [{"field": "chunk", "values": [1, 2], "labels": ["a"]}]}, "1 labels for 2 values"),
     "a label twice": ({"axes": [{"field": "chunk", "values": [1, 1]}]}, "called '1'"),

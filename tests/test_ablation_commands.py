@@ -1,12 +1,15 @@
 """Studies from the command line, on a tiny model in a folder, and in trackers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from lazyllm import InputError
+from lazyllm.ablation import Study
 from lazyllm.ablation.trackers import MLflow, TensorBoard, tracker_named
 from lazyllm.cli import app
 from tests.studies import load, short_items, small, tiny
@@ -102,6 +105,29 @@ def test_cells_that_are_the_same_are_said(lazyllm):
     text = Path("window.yaml").read_text() + "cells: [{name: twin, protect.recent: 16}]\n"
     Path("window.yaml").write_text(text)
     assert "'twin' is the same as 'protect.recent=16'" in lazyllm("ablate", "window.yaml").stderr
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "ablation.md").read_text(encoding="utf-8")
+FILES = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_files_of_the_page_are_studies(monkeypatch):
+    assert len(FILES) >= 4
+    assert [len(Study.from_text(text).all_cells()) for text in FILES] == [3, 20, 4, 5]
+    documented = re.findall(
+        r"^\| `(\w+)`(?:, `(\w+)`, `(\w+)`)?", PAGE.split("## What a file may say")[1], re.MULTILINE
+    )
+    names = {name for row in documented for name in row if name in Study.model_fields}
+    assert names == set(Study.model_fields)
+
+
+def test_the_first_ablation_of_the_page_runs(lazyllm, model):
+    small_one = {"model": str(model), "dtype": "float64", "tokens": 300}
+    study = {**yaml.safe_load(FILES[0]), **small_one}
+    Path("protection.yaml").write_text(yaml.safe_dump(study))
+    for line in re.findall(r"^lazyllm (?:ablate|study) .*", PAGE, re.MULTILINE):
+        lazyllm(*line.split()[1:])
+    assert len(Path("results.csv").read_text().splitlines()) == 1 + 32
 
 
 def test_mlflow_gets_a_run_per_cell(tmp_path, monkeypatch):

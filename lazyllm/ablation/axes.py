@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_valida
 
 from lazyllm.caches import CACHES
 from lazyllm.config import LazyConfig
-from lazyllm.errors import ConfigError, unknown
+from lazyllm.errors import ConfigError
 from lazyllm.policies import SCHEDULES, SCORERS
 from lazyllm.policies.base import Registry, Value
 
+TRIES = 100
+"""How often a number is drawn for each that is asked for, to find different ones."""
 KINDS = ("values", "sweep", "random", "zip")
 """How an axis says what its field takes; one of these."""
 
@@ -60,12 +62,20 @@ class Span(Value):
 
 
 class Draw(Value):
-    """Numbers drawn at random from `low` to `high`, both included; `whole` ones where asked."""
+    """Numbers drawn at random.
+
+    Attributes:
+        low, high: the ends, both included.
+        log: whether they are drawn evenly in their logarithms.
+        whole: whether only whole numbers are drawn.
+        step: only `low` and what lies so many steps above it.
+    """
 
     low: float
     high: float
     log: bool = False
     whole: bool = False
+    step: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check_ends(self) -> Draw:
@@ -75,10 +85,21 @@ class Draw(Value):
             raise ValueError(f"logarithms need numbers above 0, not {self.low:g}")
         return self
 
-    def number(self, rng: randomness.Random) -> float:
-        """The next one."""
+    def numbers(self, rng: randomness.Random, count: int) -> list[float]:
+        """So many different ones, or fewer where hardly any are left."""
+        found: dict[float, None] = {}
+        for _ in range(TRIES * count):
+            if len(found) < count:
+                found[self._number(rng)] = None
+        return list(found)
+
+    def _number(self, rng: randomness.Random) -> float:
         drawn = _between(self.low, self.high, rng.random(), self.log)
-        return round(drawn) if self.whole else _short(drawn)
+        step = self.step or (1.0 if self.whole else None)
+        if step is None:
+            return _short(drawn)
+        most = math.floor((self.high - self.low) / step + 1e-9)
+        return _short(self.low + step * min(most, round((drawn - self.low) / step)))
 
 
 def plain(value: Any) -> Any:
@@ -129,47 +150,31 @@ class Axis(Value):
     labels: tuple[str, ...] | None = None
     name: str = ""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _collect(cls, data: Any) -> Any:
-        """Takes what stands beside a sweep under names of its own as its numbers, and labels as text."""
-        if isinstance(data, Mapping) and isinstance(data.get("values"), Mapping):
-            return {**data, "values": {shown(label): value for label, value in data["values"].items()}}
-        if not isinstance(data, Mapping) or not isinstance(data.get("sweep"), str):
-            return data
-        own = {key: value for key, value in data.items() if key not in cls.model_fields}
-        if strange := [key for key in own if key.upper() not in _capitals(data["sweep"])]:
-            raise ConfigError(
-                f"the sweep {data['sweep']!r} has no {strange[0].upper()} for {strange[0]!r} to stand for; "
-                f"{unknown('field', strange[0], cls.model_fields)}"
-            )
-        return {key: value for key, value in data.items() if key in cls.model_fields} | {
-            "over": {**data.get("over", {}), **own}
-        }
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **_collected(kwargs))
+        self._check()
 
-    @model_validator(mode="after")
-    def _check(self) -> Axis:
+    def _check(self) -> None:
         kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(kinds) != 1:
-            raise ValueError(f"an axis has one of {', '.join(KINDS)}; this one has {', '.join(kinds) or 'none'}")
+            raise ConfigError(f"an axis has one of {', '.join(KINDS)}; this one has {', '.join(kinds) or 'none'}")
         if (self.field is None) != (self.zip is not None):
-            raise ValueError("an axis names its field, and a zip names its fields itself")
+            raise ConfigError("an axis names its field, and a zip names its fields itself")
         lengths = {len(values) for values in (self.zip or {}).values()}
         if self.zip is not None and (len(lengths) != 1 or 0 in lengths):
             counts = ", ".join(f"{path}: {len(values)}" for path, values in self.zip.items())
-            raise ValueError(f"what is zipped has equally many values, at least one; here {counts or 'none'}")
+            raise ConfigError(f"what is zipped has equally many values, at least one; here {counts or 'none'}")
         if self.sweep is not None and not self.over:
-            raise ValueError(f"the sweep {self.sweep!r} has no numbers; write KEEP in it and give keep: [0.1, 0.3]")
+            raise ConfigError(f"the sweep {self.sweep!r} has no numbers; write KEEP in it and give keep: [0.1, 0.3]")
         self._check_labels()
-        return self
 
     def _check_labels(self) -> None:
-        points = self.levels(0)
-        if self.labels is not None and (isinstance(self.values, dict) or len(self.labels) != len(points)):
-            raise ValueError(f"{len(self.labels)} labels for {len(points)} values")
-        labels = [level.label for level in points]
-        if self.random is None and (twice := [label for label in labels if labels.count(label) > 1]):
-            raise ValueError(f"two values of {self.title!r} are called {twice[0]!r}; give them labels")
+        count = len(list(self._points(0)))
+        if self.labels is not None and (isinstance(self.values, dict) or len(self.labels) != count):
+            raise ConfigError(f"{len(self.labels)} labels for {count} values")
+        labels = [level.label for level in self.levels(0)]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ConfigError(f"two values of {self.title!r} are called {twice[0]!r}; give them labels")
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -189,10 +194,9 @@ class Axis(Value):
     def levels(self, seed: int) -> list[Level]:
         """Its points, in the order they were given; drawn numbers go by the seed and the axis' name."""
         found = list(self._points(seed))
-        labels = self.labels or ()
-        if len(labels) == len(found):
-            found = [replace(level, label=label) for label, level in zip(labels, found, strict=True)]
-        return list({level.label: level for level in found}.values()) if self.random is not None else found
+        if self.labels is None:
+            return found
+        return [replace(level, label=label) for label, level in zip(self.labels, found, strict=False)]
 
     def _points(self, seed: int) -> Iterator[Level]:
         if self.zip is not None:
@@ -210,10 +214,26 @@ class Axis(Value):
             yield from self.values.items()
         elif self.random is not None:
             rng = randomness.Random(f"{seed} {self.title}")
-            drawn = [self.random.number(rng) for _ in range(self.draws)]
-            yield from ((shown(value), value) for value in drawn)
+            yield from ((shown(value), value) for value in self.random.numbers(rng, self.draws))
         else:
             yield from ((shown(value), value) for value in self.values or ())
+
+
+def _collected(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes labels as text, and what stands beside a sweep under names of its own as its numbers.
+
+    Raises:
+        ConfigError: for a name that the sweep does not have.
+    """
+    if isinstance(values := fields.get("values"), Mapping):
+        fields = {**fields, "values": {shown(label): value for label, value in values.items()}}
+    sweep = fields.get("sweep")
+    own = {key: value for key, value in fields.items() if key not in Axis.model_fields}
+    if not isinstance(sweep, str) or not own:
+        return dict(fields)
+    if strange := [key for key in own if key.upper() not in re.findall(r"\w+", sweep)]:
+        raise ConfigError(f"the sweep {sweep!r} has no {strange[0].upper()} that {strange[0]!r} could stand for")
+    return {key: value for key, value in fields.items() if key not in own} | {"over": {**fields.get("over", {}), **own}}
 
 
 def _swept(text: str, over: Mapping[str, Span | Sequence[float]]) -> Iterator[tuple[dict[str, str], str]]:
@@ -244,10 +264,6 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(shown, value))}]"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _capitals(text: str) -> set[str]:
-    return set(re.findall(r"\b[A-Z][A-Z0-9_]*\b", text))
 
 
 def _between(low: float, high: float, share: float, log: bool) -> float:

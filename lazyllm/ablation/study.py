@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from lazyllm.ablation.axes import Axis, Level, Plain, shown
 from lazyllm.ablation.cells import (
@@ -105,21 +106,15 @@ class Study(Value):
     figures: tuple[Picture, ...] = ()
     conclusions: str = ""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _count_items(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or "tasks" not in data:
-            return data
-        items = data.get("items", cls.model_fields["items"].default)
-        counts = check_tasks(data["tasks"], items if isinstance(items, int) else 1)
-        return {**data, "tasks": counts}
-
-    @model_validator(mode="after")
-    def _check(self) -> Study:
+    def __init__(self, **fields: Any) -> None:
+        if "tasks" in fields:
+            items = fields.get("items", type(self).model_fields["items"].default)
+            fields["tasks"] = check_tasks(fields["tasks"], items)
+        super().__init__(**fields)
+        check_setting(self.setting)
         titles = {title for cell in self.all_cells() for title in cell.labels}
         for picture in self.figures:
             picture.check_axes(titles)
-        return self
 
     @classmethod
     def from_text(cls, text: str, *, name: str = "study") -> Study:
@@ -162,7 +157,7 @@ class Study(Value):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         ref = ModelRef(self.model, self.dtype, self.weights, device)
-        return check_setting(Setting(ref, self.tokens, self.question, self.seed, tuple(self.tasks.items())))
+        return Setting(ref, self.tokens, self.question, self.seed, tuple(self.tasks.items()))
 
     def all_cells(self) -> list[Cell]:
         """Every cell but the unmodified model's: those of the axes, then the explicit ones.
@@ -170,6 +165,10 @@ class Study(Value):
         Raises:
             ConfigError: when one cannot be, or two have one name.
         """
+        return list(self._made)
+
+    @cached_property
+    def _made(self) -> tuple[Cell, ...]:
         made = [*self._crossed(self.axes), *(cell for entry in self.cells for cell in self._explicit(entry))]
         if not made:
             made = [self._cell(self._own_name(), {}, {})]
@@ -178,7 +177,7 @@ class Study(Value):
             raise ConfigError(f"two cells are called {twice[0]!r}; give one a name of its own")
         if STOCK in names:
             raise ConfigError(f"{STOCK!r} is the name of the unmodified model, which every study runs")
-        return made
+        return tuple(made)
 
     def notices(self) -> list[str]:
         """What is odd about the cells: those that are the same."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lazyllm.errors import InputError, unknown
 from lazyllm.evaluation.compare import Line, groups
+from lazyllm.evaluation.quality import STOCK
 from lazyllm.evaluation.statistics import Effect
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def table(lines: Sequence[Line], title: str) -> Table:
         view.add_column(column, justify="right")
     for task, group in groups(lines):
         view.add_section()
-        for index, line in enumerate(group):
-            view.add_row(task, *cells(line), style="bold" if index == 0 else None)
+        for line in group:
+            is_stock = line.contender.partition(",")[0] == STOCK
+            view.add_row(task, *cells(line), style="bold" if is_stock else None)
     return view
 
 
