@@ -26,6 +26,7 @@ from lazyllm.errors import InputError, LazyLLMError
 from lazyllm.evaluation.compare import STOCK, Journal, Line, compare, groups, run
 from lazyllm.evaluation.curves import CURVES, curve_points
 from lazyllm.evaluation.data import packaged_model, quiet_loading
+from lazyllm.evaluation.options import names_in
 from lazyllm.evaluation.plots import plot_quality
 from lazyllm.evaluation.quality import Contender
 from lazyllm.evaluation.statistics import Effect
@@ -75,7 +76,7 @@ def main(
             network = network.to(device)
         layout = cast(Layout, LAYOUTS[question])
         maker = Maker(tokenizer, tokens, layout)
-        sets = {name: make_items(name, maker, items, seed=seed) for name in tasks.split(",")}
+        sets = {name: make_items(name, maker, items, seed=seed) for name in names_in(tasks)}
         field = contenders(network, tokenizer, {**named(presets), **swept(curves)})
         prefix = f"{Path(source).name}/{dtype}/{tokens}/{question}/{seed}"
         with progress() as bar:

@@ -62,9 +62,9 @@ def make_items(name: str, maker: Maker, count: int, *, seed: int = 0) -> list[It
         InputError: for an unknown task or option, a file that cannot be read, or when packaged data is not installed.
     """
     if name.startswith(FILE):
-        return file_items(Path(name.removeprefix(FILE)), count)
+        return file_items(Path(name.removeprefix(FILE)).expanduser(), count)
     if name.startswith(LONGBENCH):
-        path = Path(name.removeprefix(LONGBENCH))
+        path = Path(name.removeprefix(LONGBENCH)).expanduser()
         return longbench_items(path.parent, path.name, maker, count)
     task, options = parsed(name)
     if task not in TASKS:

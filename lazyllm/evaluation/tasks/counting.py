@@ -29,22 +29,20 @@ def variables(maker: Maker, rng: random.Random, *, hops: int = 4, chains: int = 
     """
     _check_count("vt", "hops", hops)
     _check_count("vt", "chains", chains)
-    names = [_coded(rng, ascii_uppercase, 5) for _ in range(chains * (hops + 1))]
+    names = _coded(rng, ascii_uppercase, 5, chains * (hops + 1))
     values = rng.sample(range(10_000, 100_000), chains)
     groups = [names[start : start + hops + 1] for start in range(0, len(names), hops + 1)]
     lines = [_chain(group, value) for group, value in zip(groups, values, strict=True)]
-    document = maker.fill(
-        passages(rng), maker.tokens - 110 - sum(maker.count(line) + 2 for one in lines for line in one)
-    )
+    room = maker.tokens - 110 - sum(maker.count(line) + 2 for chain in lines for line in chain)
+    document = maker.fill(passages(rng), room)
     for chain in lines:
         places = sorted(rng.choices(range(len(document) + 1), k=len(chain)))
         for shift, (place, line) in enumerate(zip(places, chain, strict=True)):
             document.insert(place + shift, line)
     question = f"Which variables have the value {values[0]}, given to them directly or through other variables?"
+    prompt = maker.ask(document, question, instruction="Name all of them.")
     reply = f"The variables with the value {values[0]} are {', '.join(groups[0])}."
-    return _listing(
-        "vt", maker, maker.ask(document, question, instruction="Name all of them."), reply, groups[0], lines[0]
-    )
+    return _listing("vt", maker, prompt, reply, groups[0], lines[0])
 
 
 def _chain(names: list[str], value: int) -> list[str]:
@@ -62,9 +60,8 @@ def common_words(maker: Maker, rng: random.Random) -> Item:
     rare = rest[: max(1, (entries - COMMON * often) // RARE_TIMES)]
     listed = [*common * often, *rare * RARE_TIMES]
     rng.shuffle(listed)
-    prompt = maker.ask(
-        [_numbered(listed)], f"Which {COMMON} words stand in the list most often?", instruction="Name them."
-    )
+    question = f"Which {COMMON} words stand in the list most often?"
+    prompt = maker.ask([_numbered(listed)], question, instruction="Name them.")
     return _listing("cwe", maker, prompt, f"The words are {', '.join(common)}.", common)
 
 
@@ -73,15 +70,14 @@ def _numbered(words: list[str]) -> str:
 
 
 def frequent_words(maker: Maker, rng: random.Random, *, alpha: float = 2.0) -> Item:
-    """The three most frequent of coded words, whose frequencies fall as `rank ** -alpha` (frequent words extraction)."""
+    """The three most frequent of coded words (frequent words extraction); they fall off as `rank ** -alpha`."""
     if not isinstance(alpha, (int, float)) or not alpha > 1:
         raise InputError(f"fwe: alpha is a number above 1, not {alpha!r}")
-    words = [_coded(rng, ascii_lowercase, 6) for _ in range(60)]
+    words = _coded(rng, ascii_lowercase, 6, 60)
     entries = 60 * (maker.tokens - 90) // maker.count(" ".join(words))
     weights = [rank**-alpha for rank in range(1, len(words) + 1)]
-    text = [
-        word for word, weight in zip(words, weights, strict=True) for _ in range(int(entries * weight / sum(weights)))
-    ]
+    times = [int(entries * weight / sum(weights)) for weight in weights]
+    text = [word for word, often in zip(words, times, strict=True) for _ in range(often)]
     rng.shuffle(text)
     question = f"Which {FREQUENT} words appear most often in the coded text?"
     prompt = maker.ask([" ".join(text)], question, instruction="Name them.")
@@ -104,8 +100,12 @@ def _listing(
     )
 
 
-def _coded(rng: random.Random, letters: str, length: int) -> str:
-    return "".join(rng.choices(letters, k=length))
+def _coded(rng: random.Random, letters: str, length: int, count: int) -> list[str]:
+    """Words that mean nothing, all different."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(rng.choices(letters, k=length))] = None
+    return list(found)
 
 
 def _check_count(task: str, name: str, value: object) -> None:

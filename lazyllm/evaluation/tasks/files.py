@@ -54,7 +54,7 @@ def objects(path: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         InputError: when it cannot be read, or a line is no object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read items from {str(path)!r}: {error}") from None
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -80,7 +80,7 @@ def _item(fields: Mapping[str, Any], where: str, task: str) -> Item:
         reference = known.pop("reference", "")
         return Item(task, known.pop("prompt"), reference, answers, evidence, classes=classes, **known)
     except ValidationError as error:
-        fault = error.errors()[0]
+        fault = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of a union, the member it came nearest to
         place = ".".join(map(str, fault["loc"]))
         raise InputError(f"{where}: {place}: {fault['msg']}, got {fault['input']!r}") from None
     except InputError as error:

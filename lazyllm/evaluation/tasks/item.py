@@ -40,11 +40,14 @@ class Item:
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise InputError(unknown("metric", self.metric, METRICS))
+        if METRICS[self.metric].needs_classes and not self.classes:
+            raise InputError(f"metric {self.metric!r} needs the classes that there are; got none")
 
     def score(self, reply: str) -> float:
         """How right a reply is, from 0 to 1; 0 for tasks that have no right answer."""
-        options = {"classes": self.classes} if self.classes else {}
-        return METRICS[self.metric].score(reply, self.answers, **options) if self.answers else 0.0
+        metric = METRICS[self.metric]
+        options = {"classes": self.classes} if metric.needs_classes else {}
+        return metric.score(reply, self.answers, **options) if self.answers else 0.0
 
     def is_right(self, reply: str) -> bool:
         """Whether a reply has the full score."""

@@ -49,6 +49,7 @@ _SUMMARY = Kind("Here is a long text.", "Summarise the text above on one page.\n
 _EXAMPLES = Kind("Go on as in the examples.", "{input}", "first-line-f1", 32, chats=False)
 _CODE = Kind("", "{input}", "code-similarity", 64, chats=False)
 _WHICH = "Which paragraph is this a summary of? Reply with its name, such as Paragraph 3.\n\n{input}\n\nParagraph name:"
+_WHICH_ZH = "{input}\n\n摘要说的是哪一段？只回答段落名，例如“段落3”。\n\n段落："
 
 SETS: dict[str, Kind] = {
     "narrativeqa": replace(_QA, new_tokens=128),
@@ -79,12 +80,7 @@ SETS: dict[str, Kind] = {
         32,
     ),
     "passage_retrieval_en": Kind("Below are thirty paragraphs and a summary of one of them.", _WHICH, "retrieval", 32),
-    "passage_retrieval_zh": Kind(
-        "下面有若干段落，以及其中一段的摘要。",
-        "{input}\n\n摘要说的是哪一段？只回答段落名，例如“段落3”。\n\n段落：",
-        "retrieval",
-        32,
-    ),
+    "passage_retrieval_zh": Kind("下面有若干段落，以及其中一段的摘要。", _WHICH_ZH, "retrieval", 32),
     "lcc": _CODE,
     "repobench-p": _CODE,
 }
@@ -107,18 +103,20 @@ def longbench_items(folder: Path, name: str, maker: Maker, count: int) -> list[I
             f"{', '.join(f'{one}.jsonl' for one in SETS)}, for LongBench-E with _e behind the name. They come in the "
             "archive data.zip of the data set THUDM/LongBench"
         )
-    return [_item(kind, name, _checked(fields, f"{path}, line {line}"), maker) for line, fields in objects(path, count)]
+    return [_item(kind, name, fields, f"{path}, line {line}", maker) for line, fields in objects(path, count)]
 
 
-def _checked(fields: dict[str, Any], where: str) -> dict[str, Any]:
+def _check(fields: dict[str, Any], where: str) -> None:
     if missing := [name for name in NEEDED if name not in fields]:
         raise InputError(f"{where} has no field {missing[0]!r}; an item of LongBench has {', '.join(NEEDED)}")
+    if not isinstance(fields["input"], str) or not isinstance(fields["context"], str):
+        raise InputError(f"{where}: input and context are texts, not {fields['input']!r} and {fields['context']!r}")
     if not isinstance(fields["answers"], list) or not fields["answers"]:
         raise InputError(f"{where}: answers is a list that is not empty, not {fields['answers']!r}")
-    return fields
 
 
-def _item(kind: Kind, name: str, fields: dict[str, Any], maker: Maker) -> Item:
+def _item(kind: Kind, name: str, fields: dict[str, Any], where: str, maker: Maker) -> Item:
+    _check(fields, where)
     after = kind.after.replace("{input}", fields["input"])
     around = maker.count(kind.before) + maker.count(after) + 40
     context = shortened(maker, fields["context"], maker.tokens - around)
@@ -138,9 +136,8 @@ def _item(kind: Kind, name: str, fields: dict[str, Any], maker: Maker) -> Item:
 
 def shortened(maker: Maker, text: str, tokens: int) -> str:
     """A text of at most `tokens`, its middle left out where it is longer."""
-    offsets = maker.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]
+    encoded = maker.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
     if len(offsets) <= tokens:
         return text
     half = max(1, (tokens - maker.count(NOTE)) // 2)

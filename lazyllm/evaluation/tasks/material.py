@@ -26,11 +26,13 @@ def passages(rng: random.Random) -> Iterator[str]:
 
 
 def paragraphs(text: str) -> list[str]:
+    """What stands between empty lines."""
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
 @cache
 def long_speeches() -> list[str]:
+    """Names of addresses that are long enough to be cut."""
     return [name for name in packaged_speech_names() if len(packaged_speech(name)) > 20_000]
 
 
