@@ -94,8 +94,8 @@ def test_the_question_stands_where_it_should(tokenizer, layout, place: float):
 
 
 def test_an_unknown_task_is_refused(tokenizer):
-    with pytest.raises(InputError, match=r"'needles'.*Did you mean 'needle'"):
-        make_items("needles", Maker(tokenizer, TOKENS), 1)
+    with pytest.raises(InputError, match=r"'neddle'.*Did you mean 'needle'"):
+        make_items("neddle", Maker(tokenizer, TOKENS), 1)
 
 
 def test_an_answer_is_right_whatever_case_and_punctuation():
@@ -231,6 +231,11 @@ def test_a_graded_answer_is_paired_like_any_other():
     stock, mine = [verdict(1), verdict(0.5), verdict(0.25)], [verdict(0.5), verdict(0.5), verdict(0.5)]
     line = line_of("made", "mine", mine, stock)
     assert (line.score, line.won, line.lost, line.p_value) == (0.5, 1, 1, 1.0)
+    assert line.follow_up_speedup is None
+    later = {
+        name: [replace(one, follow_up_seconds=time) for one in stock] for name, time in ((STOCK, 6.0), ("mine", 2.0))
+    }
+    assert compare({"made": later})[1].follow_up_speedup.estimate == 3
     assert [one.is_right for one in stock] == [True, False, False]
     assert Verdict([1], 1.0, [1], "", None, 1.0, 0.5).is_right is None
 

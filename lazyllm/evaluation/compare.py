@@ -33,6 +33,7 @@ class Line:
             here and below for verdicts that did not note it.
         decode_speedup: time per output token of the unmodified model over this one's, as for the TTFT.
         memory: K/V and waiting states at the end, of the unmodified model's K/V.
+        follow_up_speedup: time from a second question to its answer's first token, as for the TTFT.
     """
 
     task: str
@@ -50,6 +51,7 @@ class Line:
     recall: float | None = None
     decode_speedup: Effect | None = None
     memory: float | None = None
+    follow_up_speedup: Effect | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -88,6 +90,7 @@ def line_of(
         recall=_mean([one.recall for one in mine]),
         decode_speedup=_paired_speedup([(one.step_seconds, other.step_seconds) for one, other in together]),
         memory=_mean([_ratio(one.cache_bytes, other.cache_bytes) for one, other in pairs]),
+        follow_up_speedup=_paired_speedup([(one.follow_up_seconds, other.follow_up_seconds) for one, other in pairs]),
     )
 
 

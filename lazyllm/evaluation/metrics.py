@@ -69,10 +69,12 @@ def classification(reply: str, answers: Sequence[str], classes: Sequence[str]) -
     Names that are part of the right one, and are not it, do not count.
     """
     named = [name for name in classes if name in reply]
-    right = [answer for answer in answers if answer in named]
-    if not right:
-        return 0.0
-    return 1 / sum(name in right or not any(name in answer for answer in right) for name in named)
+    return max(_classified(named, answer) for answer in answers)
+
+
+def _classified(named: Sequence[str], answer: str) -> float:
+    counted = [name for name in named if name == answer or name not in answer]
+    return 1 / len(counted) if answer in counted else 0.0
 
 
 def retrieval(reply: str, answers: Sequence[str]) -> float:
@@ -111,10 +113,16 @@ def first_line(metric: Callable[..., float]) -> Callable[..., float]:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, and whether a reply may end once its score is 1, since more text would not lower it."""
+    """How replies are scored.
+
+    Attributes:
+        score: of a reply and the answers; and of all classes there are, if it `needs_classes`.
+        ends: whether a reply may end once its score is 1, since more text would not lower it.
+    """
 
     score: Callable[..., float]
     ends: bool = False
+    needs_classes: bool = False
 
 
 METRICS: dict[str, Metric] = {
@@ -124,8 +132,8 @@ METRICS: dict[str, Metric] = {
     "first-line-f1": Metric(first_line(f1)),
     "rouge-l": Metric(rouge_l),
     "first-line-rouge-l": Metric(first_line(rouge_l)),
-    "classification": Metric(classification),
-    "first-line-classification": Metric(first_line(classification)),
+    "classification": Metric(classification, needs_classes=True),
+    "first-line-classification": Metric(first_line(classification), needs_classes=True),
     "retrieval": Metric(retrieval),
     "count": Metric(count),
     "code-similarity": Metric(code_similarity),

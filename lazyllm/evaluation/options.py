@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from lazyllm.errors import InputError, unknown
 
 
 def names_in(text: str, *, known: Iterable[str] | None = None) -> list[str]:
-    """The names between commas.
+    """The names between commas; commas in brackets are part of a name, as in `needle(depth=0.5, tokens=4000)`.
 
     Raises:
         InputError: when there is none, or one that is not `known`.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in re.split(r",(?![^()]*\))", text) if name.strip()]
     if not names:
         raise InputError(f"an option that takes a list got an empty one ({text!r}); separate its values by commas")
     if known is not None and (strange := [name for name in names if name not in known]):
