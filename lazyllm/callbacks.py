@@ -29,6 +29,21 @@ class PrefillStart:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What the tokens that enter a layer were chosen from.
+
+    Attributes:
+        candidates: [v] tokens that might have entered, ascending.
+        scores: [v] what the scorer gave them, higher = keep.
+        protected: [v] which of them are never left out.
+    """
+
+    candidates: Tensor
+    scores: Tensor
+    protected: Tensor
+
+
+@dataclass(frozen=True)
 class RowTrace:
     """One row at one layer, as token indices.
 
@@ -37,12 +52,14 @@ class RowTrace:
         computed: [q] tokens the layer computed.
         attended: [k] tokens whose K/V were attended, in storage order.
         first_new: index of the step's first new token.
+        choice: how `visible` was chosen; None where no scorer was asked.
     """
 
     visible: Tensor
     computed: Tensor
     attended: Tensor
     first_new: int
+    choice: Choice | None = None
 
     @property
     def revived(self) -> Tensor:

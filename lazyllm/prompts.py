@@ -42,10 +42,19 @@ MOST_QUESTIONS = 3
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of one prompt, and what its text says about them."""
+    """Token ids of one prompt, and what its text says about them.
+
+    Attributes:
+        token_ids: the tokens.
+        marks: which of them are protected, and which ask.
+        text: the prompt as the tokenizer got it; None when only ids were given.
+        offsets: by token, its characters (start, stop) in the text; empty when the tokenizer does not tell.
+    """
 
     token_ids: list[int]
     marks: PromptMarks
+    text: str | None = None
+    offsets: Sequence[CharRange] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ def encode(
     if protect.system:
         protected += known.ranges(known.system)
     marks = PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known), UnitStarts(known))
-    return EncodedPrompt(known.token_ids, marks)
+    return EncodedPrompt(known.token_ids, marks, known.text, known.offsets)
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.row import Row, same_tokens, token_counts
+from lazyllm.callbacks import Choice
 from lazyllm.errors import InputError
 from lazyllm.policies.base import layer_number
 
@@ -76,6 +77,7 @@ class Step:
         is_prefill: whether the call brings more than one column, or the first.
         selects: whether tokens are chosen anew in this step.
         most_revived: how many older tokens of a row the step may revive, None = any number.
+        choices: by row, how the tokens that enter the present layer were chosen, for those who are told.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Step:
         self.new = self._append(self._row_positions(position_ids), token_ids)
         self.token_positions = [row.ledger.position for row in self.rows]
         self.flight = self.new
+        self.choices: dict[int, Choice] = {}
         self.reached = 0
         self._visible: list[Tensor] | None = None
         self._received: Tensor | None = None

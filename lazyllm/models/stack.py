@@ -187,7 +187,11 @@ class LazyStack(nn.Module):
             return
         rows = tuple(
             RowTrace(
-                visible=seen, computed=todo, attended=view.attended(index), first_new=len(row.ledger) - new.numel()
+                visible=seen,
+                computed=todo,
+                attended=view.attended(index),
+                first_new=len(row.ledger) - new.numel(),
+                choice=step.choices.get(index),
             )
             for index, (row, seen, todo, new) in enumerate(zip(step.rows, visible, view.todo, step.new, strict=True))
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lazyllm.caches.step import Step
+from lazyllm.callbacks import Choice
 from lazyllm.errors import ConfigError
 from lazyllm.models.attention import Captured
 from lazyllm.policies.base import Keep, Phase, Schedule, Scorer, stable_top
@@ -78,7 +79,8 @@ class Selector:
         )
 
     def select(self, step: Step, layer: int, visible: list[Tensor], readings: Readings) -> list[Tensor]:
-        """By row, those of `visible` that enter the layer after `layer`."""
+        """By row, those of `visible` that enter the layer after `layer`; where scores decide, the step keeps them."""
+        step.choices = {}
         evictor = self._evictor(step)
         if evictor is not None and layer >= 0:
             evictor.evict(step, layer, readings)
@@ -136,8 +138,9 @@ class Selector:
     ) -> Tensor:
         context_tokens = len(step.rows[index].ledger)
         scores = self._scoring.scores(step, index, layer, tokens, states, readings)
-        kept = self._scoring.protected(step, index, tokens)
-        free = torch.nonzero(~kept).squeeze(-1)
+        protected = self._scoring.protected(step, index, tokens)
+        step.choices[index] = Choice(tokens, scores, protected)
+        kept, free = protected.clone(), torch.nonzero(~protected).squeeze(-1)
         best = free[stable_top(scores[free], keep.free_tokens(scores[free], int(kept.sum()), context_tokens))]
         if step.most_revived is not None:
             stopped = step.stopped(index, layer + 1, tokens)
