@@ -557,6 +557,58 @@ def _tuning_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield on_progress
 
 
+# -- pages -------------------------------------------------------------------------------------------
+
+
+@app.command("inspect")
+@_errors_as_lines()
+def inspect_prompt(
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file, - for stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")] = False,
+    query: Annotated[str | None, typer.Option(help="What the prompt asks, as a part of its text.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("inspect.html"),
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")
+    ] = None,
+    preset: PresetOption = "recommended",
+    scorer: ScorerOption = None,
+    schedule: ScheduleOption = None,
+    cache: CacheOption = None,
+    sinks: SinksOption = None,
+    recent: RecentOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 24,
+) -> None:
+    """Writes a page that shows what was computed for a prompt, token by token and step by step."""
+    from lazyllm.pages.inspection import record, save_inspection
+
+    config = _config(preset, scorer, schedule, cache, sinks, recent)
+    text = _read_prompt(prompt, prompt_file)
+    _check_outputs(None, None, None, output)
+    pipe = LazyPipeline.from_config(config, *_load(model, gguf_file, dtype, weights))
+    question: Any = [{"role": "user", "content": text}] if chat else text
+    inspection = record(pipe, question, query=query, max_new_tokens=max_new_tokens, do_sample=False)
+    title = f"{inspection.stats.prompt_tokens:,} prompt tokens through {Path(model).name}, {preset}"
+    typer.echo(save_inspection(inspection, output, title=title))
+
+
+@app.command("report")
+@_errors_as_lines()
+def report_study(
+    study: Annotated[Path, typer.Argument(help="A folder with a report.json, or such a file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    prompts: Annotated[bool, typer.Option("--prompts/--no-prompts", help="Whether prompts go into the page.")] = True,
+) -> None:
+    """Writes a page of a study: table, figures, and every item with its replies."""
+    from lazyllm.pages.report import ReportData, report
+
+    _check_outputs(None, None, None, output)
+    typer.echo(report(ReportData.load(study), output, prompts=prompts))
+
+
 def main() -> None:
     """Runs the command line."""
     app()

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from lazyllm import CACHES, SCHEDULES, SCORERS, Constant, InputError, LazyConfig, LazyPipeline, preset_names
 from lazyllm.cli import app
 from lazyllm.policies import Keep, Phase
+from tests.pages import made_study
 from tests.tiny import word_tokenizer
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -330,3 +331,50 @@ def test_a_pipeline_from_a_preset_takes_other_policies_one_by_one(folder):
     pipe = LazyPipeline.from_pretrained(folder, preset="recommended", schedule="Constant(0.5)")
     recommended = LazyConfig.preset("recommended")
     assert pipe.config == recommended.model_copy(update={"schedule": Constant(0.5)})
+
+
+# -- pages -------------------------------------------------------------------------------------------
+
+
+def test_inspect_writes_a_page_and_prints_its_path(lazyllm, folder, tmp_path):
+    page = tmp_path / "page.html"
+    result = lazyllm(
+        "inspect",
+        "--model",
+        folder,
+        "--prompt",
+        PROMPT,
+        *PRUNING,
+        "--query",
+        "w3 w6",
+        "--max-new-tokens",
+        3,
+        "-o",
+        page,
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(page)
+    assert "40 prompt tokens" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--prompt", PROMPT, "-o", "nowhere/page.html"], "there is no folder 'nowhere'"),
+        (["--prompt", PROMPT, "--query", "absent"], "'absent' does not occur in the prompt"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", PROMPT, "--preset", "papre"], "Did you mean 'paper'?"),
+    ],
+)
+def test_inspect_refuses_what_it_cannot_show(lazyllm, folder, arguments, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(lazyllm("inspect", "--model", folder, *arguments), reason)
+
+
+def test_report_writes_the_page_of_a_folder(lazyllm, tmp_path):
+    made_study(3).save(tmp_path)
+    for extra in ([], ["--no-prompts"]):
+        result = lazyllm("report", tmp_path, "-o", tmp_path / "report.html", *extra)
+        assert result.exit_code == 0, result.stderr
+        assert ("prompts-0" in (tmp_path / "report.html").read_text(encoding="utf-8")) == (not extra)
+    refused(lazyllm("report", tmp_path / "nowhere"), "cannot read the data of a report")
