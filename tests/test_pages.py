@@ -138,6 +138,16 @@ def test_bars_are_the_shares_computed(browser, inspection, inspected):
     assert heights == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_text_that_scrolls_under_a_resting_pointer_is_not_pointed_at(browser, inspected):
+    with opened(browser, inspected, width=360) as page:
+        page.locator("#t200").hover()
+        for _ in range(4):
+            page.mouse.wheel(0, 27)
+            page.wait_for_timeout(150)
+        assert page.evaluate("scrollY") > 0
+        assert page.locator("#text").get_attribute("aria-activedescendant") == "t200"
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read(browser, inspected, dark):
     with opened(browser, inspected, dark=dark) as page:

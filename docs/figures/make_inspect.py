@@ -37,7 +37,7 @@ def photograph(page: Path, path: Path) -> None:
     """The window of a browser at the step, with a revived token chosen."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        window = browser.new_page(viewport={"width": 1180, "height": 820})
+        window = browser.new_page(viewport={"width": 1180, "height": 860})
         window.goto(page.resolve().as_uri())
         window.locator("#step").fill(str(STEP))
         window.locator("#revived button").first.click()

@@ -162,7 +162,7 @@ def _figures(stats: GenerationStats) -> Iterator[tuple[str, str, str]]:
     yield "predicted speedup", f"{stats.predicted_speedup:.2f}×", "operations of a dense prefill over those done"
     yield "TTFT", f"{stats.ttft_seconds:.2f} s", "time to the first token"
     yield "per token", "–" if seconds is None else f"{1000 * seconds:.0f} ms", "mean time between new tokens"
-    yield "revived", f"{stats.revived_tokens:,}", "layer-tokens computed after the prefill for prompt tokens"
+    yield "revived", f"{stats.revived_tokens:,}", "layer-tokens computed after the prefill for tokens of earlier steps"
 
 
 def _page_data(inspection: Inspection) -> dict[str, Any]:

@@ -260,7 +260,12 @@ $("text").addEventListener("keydown", (event) => {
   pick(move(), false);
   spans[active].scrollIntoView({ block: "nearest" });
 });
-$("text").addEventListener("mouseover", (event) => pick(tokenOf(event.target), false));
+// a text that scrolls under a pointer at rest is not pointed at
+let pointer = [];
+$("text").addEventListener("mouseover", (event) => {
+  if (event.clientX !== pointer[0] || event.clientY !== pointer[1]) pick(tokenOf(event.target), false);
+});
+document.addEventListener("mousemove", (event) => (pointer = [event.clientX, event.clientY]));
 $("text").addEventListener("click", (event) => pick(tokenOf(event.target), false));
 $("overview").addEventListener("click", (event) => pick(Math.floor((event.offsetX / event.target.clientWidth) * tokens), true));
 $("step").max = data.steps.length - 1;
