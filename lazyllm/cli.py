@@ -23,6 +23,7 @@ from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
 from lazyllm.costs import Cost, Device, ModelShape, Prediction, calibrate, predict
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError, LazyLLMError
+from lazyllm.evaluation.harness_cli import run_lm_eval
 from lazyllm.evaluation.options import names_in
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
 from lazyllm.models.quantize import WEIGHTS
@@ -555,6 +556,15 @@ def _tuning_progress() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[work], completed=done, total=total)
 
         yield on_progress
+
+
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+@_errors_as_lines()
+def lm_eval(context: typer.Context) -> None:
+    """Runs lm-eval's own command line, where --model lazyllm is known."""
+    run_lm_eval(context.args)
 
 
 def main() -> None:
