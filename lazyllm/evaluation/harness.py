@@ -6,6 +6,7 @@ Importing this module registers the model under the name `lazyllm`.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -312,13 +313,23 @@ def _load_pipeline(
     try:
         model, own = load_model(pretrained, gguf_file=gguf_file, dtype=kind, weights=weights)
         other = None if tokenizer is None else AutoTokenizer.from_pretrained(str(tokenizer))
-        model.to(torch.device(device or model.device))
+        if device is not None:
+            model.to(_device(device))
     except LazyLLMError:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, AssertionError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"cannot load the model {str(pretrained)!r}: {reason}") from None
     return recipe.bind(model, other or own)
+
+
+def _device(name: str) -> torch.device:
+    """The device; the CPU where there is no CUDA, since lm-eval's command line asks for it unless told otherwise."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("there is no CUDA here, so the model runs on the CPU")
+        return torch.device("cpu")
+    return device
 
 
 def _check_names(given: Iterable[str], known: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.config import LazyConfig
-from lazyllm.errors import InputError, LazyLLMError
+from lazyllm.errors import InputError
 from lazyllm.evaluation.harness import LazyLM
 from lazyllm.pipeline import LazyPipeline
 
@@ -155,7 +155,8 @@ def _loaded(
     with TemporaryDirectory(prefix="lazyllm-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         asked = {"max_seq_lengths": list(lengths)} if lengths else {}
-        manager = TaskManager(metadata={"tokenizer": folder, **asked})
+        named = any(isinstance(task, str) and not _is_file(task) for task in tasks)
+        manager = TaskManager(metadata={"tokenizer": folder, **asked}, include_defaults=named)
         random.seed(seed)
         found: dict[str, Any] = {}
         for task in tasks:
@@ -170,14 +171,12 @@ def _load(manager: TaskManager, task: str | Mapping[str, Any]) -> dict[str, Any]
         InputError: when there is no such task, or its data cannot be had.
     """
     name = task if isinstance(task, str) else task.get("task")
+    if isinstance(task, str) and not _is_file(task) and task not in manager.task_index:
+        near = get_close_matches(task, manager.all_tasks, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise InputError(f"lm-eval has no task {task!r}.{hint} `lazyllm lm-eval ls tasks` lists all.")
     try:
         loaded: dict[str, Any] = manager.load([task if isinstance(task, str) else dict(task)])["tasks"]
-    except LazyLLMError:
-        raise
-    except KeyError:
-        near = get_close_matches(str(name), manager.all_tasks, n=3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise InputError(f"lm-eval has no task {name!r}.{hint} `lazyllm lm-eval ls tasks` lists all.") from None
     except (OSError, LookupError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
@@ -186,6 +185,10 @@ def _load(manager: TaskManager, task: str | Mapping[str, Any]) -> dict[str, Any]
             "dataset_kwargs={'data_files': ...})"
         ) from None
     return loaded
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
 
 
 def _items(samples: Sequence[Mapping[str, Any]]) -> tuple[HarnessItem, ...]:
