@@ -34,7 +34,7 @@ try:
     from tqdm import tqdm
 except ImportError as missing:
     raise ImportError(
-        f"{__name__} needs {missing.name}, which is not installed: pip install lazyllm-torch[eval]"
+        f"{__name__} needs lm-eval, which is not installed or incomplete ({missing}): pip install lazyllm-torch[eval]"
     ) from missing
 
 MODEL_NAME = "lazyllm"
@@ -238,7 +238,7 @@ class LazyLM(HFLM):
             found[tuple(context[-(self.max_length + 1 - len(continuation)) :])].append(number)
         return [(list(context), numbers) for context, numbers in sorted(found.items(), key=lambda one: -len(one[0]))]
 
-    def _score(self, requests: Sequence[Scored], batch: list[tuple[list[int], list[int]]], answers: list[Any]) -> None:
+    def _score(self, requests: Sequence[Scored], batch: Sequence[tuple[list[int], list[int]]], answers: list[Any]) -> None:
         """Puts the answers to a batch of contexts where they belong."""
         prompts = [EncodedPrompt(ids, self._context_marks(requests[numbers[0]][0], ids)) for ids, numbers in batch]
         replies = [[requests[number][2] for number in numbers] for _, numbers in batch]
@@ -284,9 +284,7 @@ def marks_at_end(encoded: EncodedPrompt, ids: Sequence[int]) -> PromptMarks:
         raise InputError("lm-eval's tokens of a prompt do not end as the tokenizer's own; give it another tokenizer")
     if shift == 0:
         return marks
-    starts = {
-        unit: tuple(sorted({max(0, first + shift) for first in firsts})) for unit, firsts in marks.starts.items()
-    }
+    starts = {unit: tuple(sorted({max(0, first + shift) for first in firsts})) for unit, firsts in marks.starts.items()}
     return PromptMarks(_moved(marks.protected, shift), _moved(marks.query, shift), marks.asked, starts)
 
 

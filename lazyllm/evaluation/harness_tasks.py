@@ -96,7 +96,8 @@ def evaluate(
     Args:
         model, tokenizer: what is judged.
         configs: the contenders, by name.
-        tasks: names of tasks, groups or tags, paths of YAML files, or configurations of tasks.
+        tasks: names of tasks, groups or tags, paths of YAML files, or configurations, such as
+            `{"task": "niah_single_1", "repeats": 2}` for one of lm-eval's own with something changed.
         limit: items of each task; None = all.
         lengths: prompt lengths in tokens of tasks that make their own prompts, such as RULER's; () = the task's own.
         num_fewshot: examples before each prompt; None = the task's own number.
@@ -155,8 +156,8 @@ def _loaded(
     with TemporaryDirectory(prefix="lazyllm-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         asked = {"max_seq_lengths": list(lengths)} if lengths else {}
-        named = any(isinstance(task, str) and not _is_file(task) for task in tasks)
-        manager = TaskManager(metadata={"tokenizer": folder, **asked}, include_defaults=named)
+        known = any(map(_is_known_by_name, tasks))  # to look through lm-eval's own tasks takes seconds
+        manager = TaskManager(metadata={"tokenizer": folder, **asked}, include_defaults=known)
         random.seed(seed)
         found: dict[str, Any] = {}
         for task in tasks:
@@ -171,10 +172,10 @@ def _load(manager: TaskManager, task: str | Mapping[str, Any]) -> dict[str, Any]
         InputError: when there is no such task, or its data cannot be had.
     """
     name = task if isinstance(task, str) else task.get("task")
-    if isinstance(task, str) and not _is_file(task) and task not in manager.task_index:
-        near = get_close_matches(task, manager.all_tasks, n=3)
+    if _is_known_by_name(task) and name not in manager.task_index:
+        near = get_close_matches(str(name), manager.all_tasks, n=3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise InputError(f"lm-eval has no task {task!r}.{hint} `lazyllm lm-eval ls tasks` lists all.")
+        raise InputError(f"lm-eval has no task {name!r}.{hint} `lazyllm lm-eval ls tasks` lists all.")
     try:
         loaded: dict[str, Any] = manager.load([task if isinstance(task, str) else dict(task)])["tasks"]
     except (OSError, LookupError, ImportError) as error:
@@ -187,8 +188,11 @@ def _load(manager: TaskManager, task: str | Mapping[str, Any]) -> dict[str, Any]
     return loaded
 
 
-def _is_file(task: str) -> bool:
-    return task.endswith((".yaml", ".yml"))
+def _is_known_by_name(task: str | Mapping[str, Any]) -> bool:
+    """Whether it is one of lm-eval's own, perhaps with some settings changed, and no file or whole configuration."""
+    if isinstance(task, str):
+        return not task.endswith((".yaml", ".yml"))
+    return not {"dataset_path", "custom_dataset", "include"} & set(task)
 
 
 def _items(samples: Sequence[Mapping[str, Any]]) -> tuple[HarnessItem, ...]:
@@ -210,7 +214,8 @@ def _items(samples: Sequence[Mapping[str, Any]]) -> tuple[HarnessItem, ...]:
 
 def _aggregates(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """A task's metrics, and their standard errors."""
-    metrics, errors = {}, {}
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for key, value in values.items():
         name, comma, kind = key.partition(",")
         if not comma or not isinstance(value, (int, float)):
