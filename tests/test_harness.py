@@ -21,8 +21,10 @@ from lazyllm import ConfigError, InputError, LazyConfig, LazyPipeline, PromptMar
 from lazyllm.cli import app
 from lazyllm.evaluation import harness_cli
 from lazyllm.evaluation.continuations import score_replies
+from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loading
 from lazyllm.evaluation.harness import LazyLM, marks_at_end
 from lazyllm.evaluation.harness_tasks import evaluate
+from lazyllm.models.loading import load_model
 from lazyllm.prompts import EncodedPrompt
 from tests.tiny import tiny_model, word_tokenizer
 
@@ -489,6 +491,16 @@ def test_items_of_all_contenders_are_the_same(task):
     assert set(choices.metrics) == {"acc", "acc_norm"} == set(choices.errors)
 
 
+def test_generation_is_changed_for_all_contenders(task):
+    (short,), (long,) = (
+        evaluate(tiny_model(), TOKENIZER, {"dense": DENSE}, [task("replies")], limit=1, generation=generation)
+        for generation in ({"max_gen_toks": 2, "until": []}, {"max_gen_toks": 7, "until": []})
+    )
+    (few,), (many,) = short.items[0].replies, long.items[0].replies
+    assert many.startswith(few)
+    assert len(few.split()) <= 2 < len(many.split()) <= 7
+
+
 def test_a_task_that_does_not_exist_is_named(only_ruler):
     with pytest.raises(InputError, match=r"lm-eval has no task 'niah_singel_1'. Did you mean .*'niah_single_1'"):
         evaluate(tiny_model(), TOKENIZER, {"dense": DENSE}, ["niah_singel_1"])
@@ -547,3 +559,25 @@ def test_lazyllm_does_without_lm_eval_and_the_module_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].startswith("ImportError: lazyllm.evaluation.harness needs lm-eval")
     assert done.stderr.rstrip().endswith("pip install lazyllm-torch[eval]")
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_as_under_lm_evals_own_and_prunes_with_the_recommended_preset():
+    with quiet_loading():
+        model, tokenizer = load_model(packaged_model(), dtype=torch.float32)
+    needle = "The special magic number for the old lighthouse is 4815162."
+    text = f"{packaged_speech('1963-Kennedy-1')[:3000]} {needle} {packaged_speech('1963-Kennedy-1')[3000:4500]}"
+    context = f"{text}\n\nWhat is the special magic number for the old lighthouse? The number is"
+    choices = scoring((context, " 4815162"), (context, " 1234567"))
+    asked = generating(context, max_gen_toks=8)
+    other = HFLM(pretrained=model, tokenizer=tokenizer)
+    dense, lazy = (
+        LazyLM(LazyPipeline.from_preset(name, model, tokenizer), batch_size=2) for name in ("dense", "recommended")
+    )
+    expected = other.loglikelihood(choices)
+    assert [score for score, _ in dense.loglikelihood(choices)] == pytest.approx([one for one, _ in expected], abs=1e-5)
+    assert dense.generate_until(asked) == other.generate_until(asked)
+    (right, _), (wrong, _) = lazy.loglikelihood(choices)
+    assert right > wrong
+    assert "4815162" in lazy.generate_until(asked)[0]
+    assert lazy.share.fraction < 0.6

@@ -238,7 +238,9 @@ class LazyLM(HFLM):
             found[tuple(context[-(self.max_length + 1 - len(continuation)) :])].append(number)
         return [(list(context), numbers) for context, numbers in sorted(found.items(), key=lambda one: -len(one[0]))]
 
-    def _score(self, requests: Sequence[Scored], batch: Sequence[tuple[list[int], list[int]]], answers: list[Any]) -> None:
+    def _score(
+        self, requests: Sequence[Scored], batch: Sequence[tuple[list[int], list[int]]], answers: list[Any]
+    ) -> None:
         """Puts the answers to a batch of contexts where they belong."""
         prompts = [EncodedPrompt(ids, self._context_marks(requests[numbers[0]][0], ids)) for ids, numbers in batch]
         replies = [[requests[number][2] for number in numbers] for _, numbers in batch]

@@ -84,6 +84,7 @@ def evaluate(
     limit: int | None = None,
     lengths: Sequence[int] = (),
     num_fewshot: int | None = None,
+    generation: Mapping[str, Any] | None = None,
     chat: bool = False,
     batch_size: int = 1,
     truncate: bool = False,
@@ -96,11 +97,11 @@ def evaluate(
     Args:
         model, tokenizer: what is judged.
         configs: the contenders, by name.
-        tasks: names of tasks, groups or tags, paths of YAML files, or configurations, such as
-            `{"task": "niah_single_1", "repeats": 2}` for one of lm-eval's own with something changed.
+        tasks: names of tasks, groups or tags, paths of YAML files, or configurations of tasks.
         limit: items of each task; None = all.
         lengths: prompt lengths in tokens of tasks that make their own prompts, such as RULER's; () = the task's own.
         num_fewshot: examples before each prompt; None = the task's own number.
+        generation: instead of what a task says, such as `{"max_gen_toks": 32}`.
         chat: whether prompts go through the tokenizer's chat template.
         batch_size, truncate, rolling_block: as in `LazyLM`; here a request that is too long is an error unless told
             otherwise.
@@ -130,6 +131,7 @@ def evaluate(
                 task_manager=manager,
                 limit=limit,
                 num_fewshot=num_fewshot,
+                gen_kwargs=dict(generation or {}),
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
                 bootstrap_iters=BOOTSTRAPS,
@@ -189,10 +191,7 @@ def _load(manager: TaskManager, task: str | Mapping[str, Any]) -> dict[str, Any]
 
 
 def _is_known_by_name(task: str | Mapping[str, Any]) -> bool:
-    """Whether it is one of lm-eval's own, perhaps with some settings changed, and no file or whole configuration."""
-    if isinstance(task, str):
-        return not task.endswith((".yaml", ".yml"))
-    return not {"dataset_path", "custom_dataset", "include"} & set(task)
+    return isinstance(task, str) and not task.endswith((".yaml", ".yml"))
 
 
 def _items(samples: Sequence[Mapping[str, Any]]) -> tuple[HarnessItem, ...]:
