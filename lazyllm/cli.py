@@ -23,6 +23,7 @@ from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
 from lazyllm.costs import Cost, Device, ModelShape, Prediction, calibrate, predict
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError
+from lazyllm.evaluation.harness_cli import run_lm_eval
 from lazyllm.evaluation.options import names_in
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
 from lazyllm.models.quantize import WEIGHTS
@@ -594,6 +595,15 @@ app.command("ablate")(commands.ablate)
 app.command("eval")(commands.evaluate)
 app.command("report")(commands.report)
 app.add_typer(commands.app, name="study")
+
+
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+@errors_as_lines()
+def lm_eval(context: typer.Context) -> None:
+    """Runs lm-eval's own command line, where --model lazyllm is known."""
+    run_lm_eval(context.args)
 
 
 def main() -> None:

@@ -171,6 +171,22 @@ def encode(
         known = _tokenize(prompt, _need(tokenizer, prompt))
         if not known.token_ids:
             raise InputError(f"the prompt {prompt!r} has no tokens; give at least one")
+    return _marked(known, protect, query)
+
+
+def encode_chat_text(
+    text: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, protect: Protect, query: Query | None
+) -> EncodedPrompt:
+    """Tokenises a text that a chat template has made of `messages`, and finds its marks as `encode` would.
+
+    Raises:
+        InputError: for an absent span or query.
+    """
+    return _marked(_read(text, messages, tokenizer), protect, query)
+
+
+def _marked(known: _Text, protect: Protect, query: Query | None) -> EncodedPrompt:
+    """The prompt with its protected spans and its query."""
     protected = [_range("protected", span, known) for span in protect.spans]
     if protect.system:
         protected += known.ranges(known.system)
@@ -200,6 +216,11 @@ def _tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> _Text:
             "a prompt is a string, a list of token ids or a list of chat messages with a 'role', "
             f"not {type(prompt).__name__}: {repr(prompt)[:80]}"
         )
+    return _read(text, messages, tokenizer)
+
+
+def _read(text: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> _Text:
+    """A text, tokenised; the template that made it of `messages`, if any, has put the special tokens in."""
     with_offsets = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=not messages, return_offsets_mapping=with_offsets, verbose=False)
     system, user = _turns(text, messages)
