@@ -202,7 +202,7 @@ def test_without_axes_the_configuration_itself_is_the_cell():
 
 WRONG = {
     "a field of a study": ({"task": {"needle": 1}}, "'task'.*Did you mean 'tasks'"),
-    "a task": ({"tasks": {"needles": 1}}, "'needles'.*Did you mean 'needle'"),
+    "a task": ({"tasks": {"needel": 1}}, "'needel'.*Did you mean 'needle'"),
     "a preset": ({"config": "papr"}, "'papr'.*Did you mean 'paper'"),
     "a preset in a cell": ({"cells": [{"preset": "papr"}]}, "cell 'papr'.*Did you mean 'paper'"),
     "a path": ({"axes": [{"field": "protct.recent", "values": [1]}]}, "Did you mean 'protect'"),

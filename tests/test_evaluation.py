@@ -235,7 +235,7 @@ def test_a_graded_answer_is_paired_like_any_other():
     later = {
         name: [replace(one, follow_up_seconds=time) for one in stock] for name, time in ((STOCK, 6.0), ("mine", 2.0))
     }
-    assert compare({"made": later})[1].follow_up_speedup.estimate == 3
+    assert line_of("made", "mine", later["mine"], later[STOCK]).follow_up_speedup.estimate == 3
     assert [one.is_right for one in stock] == [True, False, False]
     assert Verdict([1], 1.0, [1], "", None, 1.0, 0.5).is_right is None
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lazyllm.config import LazyConfig
 from lazyllm.errors import ConfigError, InputError, unknown
 from lazyllm.evaluation.quality import STOCK
-from lazyllm.evaluation.tasks import TASKS, Layout
+from lazyllm.evaluation.tasks import Layout, check_task
 from lazyllm.models.loading import dtype_named
 from lazyllm.models.quantize import weights_named
 
@@ -176,15 +176,17 @@ def check_tasks(value: Any, items: int) -> dict[str, int]:
     """Numbers of items by task, from names or from a mapping.
 
     Raises:
-        ConfigError: for an unknown task, or a number of items below one.
+        ConfigError: for an unknown task or option, or a number of items below one.
     """
     names = [value] if isinstance(value, str) else value
     counts = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, items)
     if not counts:
         raise ConfigError("a study has at least one task")
     for task, count in counts.items():
-        if task not in TASKS:
-            raise ConfigError(unknown("task", task, TASKS))
+        try:
+            check_task(task)
+        except InputError as error:
+            raise ConfigError(str(error)) from None
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ConfigError(f"the task {task!r} needs a whole number of items of at least 1, got {count!r}")
     return counts

@@ -75,7 +75,7 @@ MEASURES: dict[str, Measure] = {
 
 
 class Picture(Value):
-    """One picture of a study, a panel per task.
+    """One picture of a study, a panel per task, whatever its options.
 
     Attributes:
         kind: "curves" draws `y` over `x`, a curve for each value of the axis `by`; "front" adds the line of cells that
@@ -134,11 +134,11 @@ def draw(results: Results, picture: Picture) -> Figure:
     lines = [line for line in results.lines() if not results.plan.cells[line.contender].is_stock]
     if not lines:
         raise InputError("the study has no results to draw yet")
-    tasks = list(dict.fromkeys(line.task for line in lines))
+    tasks = list(dict.fromkeys(_panel_of(line) for line in lines))
     figure, panels = _panels(len(tasks), picture.title)
     for axes, task in zip(panels, tasks, strict=True):
-        own = [(line, results.plan.cells[line.contender]) for line in lines if line.task == task]
-        stock = next((line for line in results.lines() if line.task == task and _is_stock(results, line)), None)
+        own = [(line, results.plan.cells[line.contender]) for line in lines if _panel_of(line) == task]
+        stock = next((line for line in results.lines() if _panel_of(line) == task and _is_stock(results, line)), None)
         axes.set_title(task)
         if picture.kind == "map":
             _draw_map(axes, picture, own)
@@ -192,6 +192,11 @@ def in_words(results: Results, picture: Picture) -> str:
 
 def _is_stock(results: Results, line: Line) -> bool:
     return results.plan.cells[line.contender].is_stock
+
+
+def _panel_of(line: Line) -> str:
+    """The task without its options, which are an axis where they differ."""
+    return line.task.partition("(")[0]
 
 
 def _panels(count: int, title: str) -> tuple[Figure, Sequence[Any]]:

@@ -90,7 +90,9 @@ def line_of(
         recall=_mean([one.recall for one in mine]),
         decode_speedup=_paired_speedup([(one.step_seconds, other.step_seconds) for one, other in together]),
         memory=_mean([_ratio(one.cache_bytes, other.cache_bytes) for one, other in pairs]),
-        follow_up_speedup=_paired_speedup([(one.follow_up_seconds, other.follow_up_seconds) for one, other in pairs]),
+        follow_up_speedup=_paired_speedup(
+            [(one.follow_up_seconds, other.follow_up_seconds) for one, other in together]
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lazyllm.errors import InputError, unknown
 from lazyllm.evaluation.tasks.counting import common_words, frequent_words, variables
@@ -66,16 +67,33 @@ def make_items(name: str, maker: Maker, count: int, *, seed: int = 0) -> list[It
     if name.startswith(LONGBENCH):
         path = Path(name.removeprefix(LONGBENCH)).expanduser()
         return longbench_items(path.parent, path.name, maker, count)
-    task, options = parsed(name)
-    if task not in TASKS:
-        raise InputError(unknown("task", task, [*TASKS, f"{FILE}PATH", f"{LONGBENCH}FOLDER/SET"]))
-    tokens = options.pop("tokens", maker.tokens)
-    if not isinstance(tokens, int) or tokens < 1:
-        raise InputError(f"task {name!r}: tokens is a whole number from 1 on, not {tokens!r}")
-    own, known = replace(maker, tokens=tokens), options_of(TASKS[task])
-    if strange := sorted(options.keys() - known):
-        raise InputError(f"task {name!r}: " + unknown("option", strange[0], [*known, "tokens"]))
+    task, options = _read(name)
+    own = replace(maker, tokens=options.pop("tokens", maker.tokens))
     return [TASKS[task](own, random.Random(f"{task}/{seed}/{index}"), **options) for index in range(count)]
 
 
-__all__ = ["TASKS", "Item", "Layout", "Maker", "Task", "make_items"]
+def check_task(name: str) -> None:
+    """Refuses names that `make_items` does not know; a file is not looked for.
+
+    Raises:
+        InputError: for an unknown task or option.
+    """
+    if not name.startswith((FILE, LONGBENCH)):
+        _read(name)
+
+
+def _read(name: str) -> tuple[str, dict[str, Any]]:
+    """The task and its options."""
+    task, options = parsed(name)
+    if task not in TASKS:
+        raise InputError(unknown("task", task, [*TASKS, f"{FILE}PATH", f"{LONGBENCH}FOLDER/SET"]))
+    tokens = options.get("tokens", 1)
+    if not isinstance(tokens, int) or tokens < 1:
+        raise InputError(f"task {name!r}: tokens is a whole number from 1 on, not {tokens!r}")
+    known = [*options_of(TASKS[task]), "tokens"]
+    if strange := sorted(options.keys() - set(known)):
+        raise InputError(f"task {name!r}: " + unknown("option", strange[0], known))
+    return task, options
+
+
+__all__ = ["TASKS", "Item", "Layout", "Maker", "Task", "check_task", "make_items"]
