@@ -582,9 +582,13 @@ def inspect_prompt(
     config = _config(preset, scorer, schedule, cache, sinks, recent)
     text = _read_prompt(prompt, prompt_file)
     _check_outputs(None, None, None, output)
-    pipe = LazyPipeline.from_config(config, *_load(model, gguf_file, dtype, weights))
+    bar = ProgressBar(console=Console(stderr=True))
+    pipe = LazyPipeline.from_config(config, *_load(model, gguf_file, dtype, weights), callbacks=[bar])
     question: Any = [{"role": "user", "content": text}] if chat else text
-    inspection = record(pipe, question, query=query, max_new_tokens=max_new_tokens, do_sample=False)
+    try:
+        inspection = record(pipe, question, query=query, max_new_tokens=max_new_tokens, do_sample=False)
+    finally:
+        bar.close()
     title = f"{inspection.stats.prompt_tokens:,} prompt tokens through {Path(model).name}, {preset}"
     typer.echo(save_inspection(inspection, output, title=title))
 
