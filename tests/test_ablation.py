@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from dataclasses import replace
 from itertools import product
@@ -22,6 +23,7 @@ from lazyllm.ablation.plan import make_work
 from lazyllm.ablation.results import Results
 from lazyllm.ablation.store import RESULTS, Store, read, read_lines, written
 from lazyllm.ablation.tables import export
+from lazyllm.ablation.trackers import MLflow, TensorBoard
 from lazyllm.ablation.units import Record
 from lazyllm.evaluation import data
 from lazyllm.evaluation.quality import judge
@@ -546,6 +548,21 @@ def test_a_write_that_comes_short_is_finished_and_one_that_fails_is_undone(tmp_p
     monkeypatch.undo()
     assert [data["address"] for data in read_lines(tmp_path / RESULTS).data] == ["a"]
     assert (tmp_path / RESULTS).stat().st_size == read_lines(tmp_path / RESULTS).size
+
+
+@pytest.mark.parametrize("package", ["scipy", "pandas", "ray", "mlflow", "tensorboard"])
+def test_a_package_that_is_missing_is_named_with_its_extra(finished, tmp_path, monkeypatch, package):
+    folder, study, _ = finished
+    results = Results.load(folder)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"needs {package}, which is not installed: pip install lazyllm-torch\["):
+        {
+            "scipy": lambda: study.run(tmp_path / "scipy", load=load),
+            "pandas": results.frame,
+            "ray": lambda: study.run(tmp_path / "ray", load=load, ray="local"),
+            "mlflow": MLflow,
+            "tensorboard": lambda: TensorBoard(tmp_path),
+        }[package]()
 
 
 # -- what is told -------------------------------------------------------------------------------------

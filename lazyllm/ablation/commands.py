@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from lazyllm.ablation.extras import needed
 from lazyllm.ablation.study import Study
 from lazyllm.console import errors_as_lines
 from lazyllm.costs import Device
@@ -120,6 +121,7 @@ def export(
 
 
 def _results(folder: Path) -> Results:
+    needed("scipy", what="a study", extra="study")
     from lazyllm.ablation.results import Results
 
     return Results.load(folder)
@@ -128,6 +130,7 @@ def _results(folder: Path) -> Results:
 def _run(
     study: Study, out: Path | None, workers: int, ray: str | None, retry: bool, retime: bool, track: list[str]
 ) -> None:
+    needed("scipy", what="a study", extra="study")
     from lazyllm.ablation.engine import folder_of
     from lazyllm.ablation.progress import ProgressLine
     from lazyllm.ablation.trackers import tracker_named
@@ -159,6 +162,7 @@ def _say(results: Results) -> None:
 
 
 def _preview(study: Study, out: Path | None, retry: bool, device: str) -> None:
+    needed("scipy", what="a study", extra="study")
     from lazyllm.ablation.engine import prepare
     from lazyllm.ablation.forecast import forecast
 

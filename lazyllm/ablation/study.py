@@ -27,6 +27,7 @@ from lazyllm.ablation.cells import (
     check_setting,
     check_tasks,
 )
+from lazyllm.ablation.extras import needed
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
 from lazyllm.evaluation.quality import STOCK
@@ -199,6 +200,7 @@ class Study(Value):
         Raises:
             InputError, ConfigError: before anything runs, and when the folder cannot be used or written.
         """
+        needed("scipy", what="a study", extra="study")
         from lazyllm.ablation.engine import run
 
         return run(
