@@ -10,15 +10,34 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
+from lazyllm.caches import CACHES
 from lazyllm.errors import ConfigError
-from lazyllm.policies.base import Value
+from lazyllm.policies import SCHEDULES, SCORERS
+from lazyllm.policies.base import Registry, Value
 
 TRIES = 100
 """How often a number is drawn for each that is asked for, to find different ones."""
 KINDS = ("values", "sweep", "random", "zip")
 """How an axis says what its field takes; one of these."""
+
+
+def described(value: Any) -> Any:
+    """A value as it would be written in a file: policies as mappings with their name."""
+    registries: Sequence[Registry[Any]] = (SCORERS, SCHEDULES, CACHES)
+    for registry in registries:
+        if isinstance(value, registry.base):
+            return registry.describe(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {key: described(part) for key, part in value.items()}
+    return [described(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+Written = Annotated[Any, PlainSerializer(described)]
+"""Anything that may stand in a configuration."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +134,12 @@ class Axis(Value):
     """
 
     field: str | None = None
-    values: Annotated[tuple[Any, ...] | dict[str, Any] | None, Field(min_length=1)] = None
+    values: Annotated[tuple[Written, ...] | dict[str, Written] | None, Field(min_length=1)] = None
     sweep: str | None = None
     over: dict[str, Span | Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default_factory=dict)
     random: Draw | None = None
     draws: Annotated[int, Field(ge=1)] = 1
-    zip: dict[str, tuple[Any, ...]] | None = None
+    zip: dict[str, tuple[Written, ...]] | None = None
     labels: tuple[str, ...] | None = None
     name: str = ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
@@ -15,7 +15,7 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from lazyllm.ablation.axes import Axis, Level, shown
+from lazyllm.ablation.axes import Axis, Level, Written, shown
 from lazyllm.ablation.cells import (
     PRESET,
     Cell,
@@ -70,7 +70,7 @@ class Study(Value):
         ConfigError: for anything that cannot be, with the nearest name that exists.
     """
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00]+$")] = "study"
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00.][^/\\\x00]*$")] = "study"
     model: str = "packaged"
     dtype: str = "float32"
     weights: str | None = None
@@ -85,7 +85,7 @@ class Study(Value):
     )
     axes: tuple[Axis, ...] = ()
     combine: Literal["grid"] | Drawn = "grid"
-    cells: tuple[dict[str, Any], ...] = ()
+    cells: tuple[dict[str, Written], ...] = ()
 
     def __init__(self, **fields: Any) -> None:
         if "tasks" in fields:
@@ -152,9 +152,10 @@ class Study(Value):
         made = [*self._crossed(), *(self._explicit(changes) for changes in self.cells)]
         if not made:
             made = [self._cell(self._own_name(), {}, {})]
-        names = [cell.name for cell in made]
-        if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
-            raise ConfigError(f"two cells are called {twice[0]!r}; give one a name of its own")
+        names = Counter(cell.name for cell in made)
+        name, count = names.most_common(1)[0]
+        if count > 1:
+            raise ConfigError(f"two cells are called {name!r}; give one a name of its own")
         if STOCK in names:
             raise ConfigError(f"{STOCK!r} is the name of the unmodified model, which every study runs")
         return tuple(made)
