@@ -32,7 +32,7 @@ from lazyllm.evaluation.plots import plot_quality
 TASKS = "needle,squad,hotpot,labels,code"
 PRESETS = "recommended,recommended-fast,static-pruning"
 
-console = Console(width=None if Console().is_terminal else 160)
+console = Console(width=None if Console().is_terminal else 200)
 
 
 def main(

@@ -17,7 +17,9 @@ from typing import NoReturn
 import torch
 
 from lazyllm.ablation import plan
+from lazyllm.ablation.processes import ProcessHand
 from lazyllm.ablation.results import Results
+from lazyllm.ablation.worker import Job
 from tests.studies import figures, load, short_items, small
 
 LEAST_KILLS = 50
@@ -70,6 +72,32 @@ def _ended(status: int) -> bool:
     return code == 0
 
 
+def orphan_ends() -> bool:
+    """Whether a worker process ends when the process that hired it is killed."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        hand = ProcessHand(Job("run", "orphan"))
+        os.write(writer, str(hand.process.pid).encode())
+        signal.pause()
+    worker = int(os.read(reader, 20))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    for _ in range(6000):
+        if _state(worker) == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _state(pid: int) -> str:
+    """One letter; Z, that of a process which is no more, for one that is gone too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     plan.make_items = short_items
@@ -83,7 +111,11 @@ def main(folder: Path) -> None:
         results = Results.load(out)
         same.append(figures(results) == expected)
         once.append(max(Counter(record.address for record in results.records).values()) == 1)
-    print(json.dumps({"kills": kills, "studies": len(same), "same": all(same), "once": all(once)}))
+    print(
+        json.dumps(
+            {"kills": kills, "studies": len(same), "same": all(same), "once": all(once), "orphan": orphan_ends()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from dataclasses import replace
 from itertools import product
@@ -13,7 +14,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyllm import ConfigError, DropCache, InputError, LazyConfig, Pooled, Random, Stages, preset_names
+from lazyllm import (
+    ConfigError,
+    Constant,
+    DropCache,
+    InputError,
+    LazyConfig,
+    Pooled,
+    Protect,
+    Random,
+    Stages,
+    preset_names,
+)
 from lazyllm.ablation import Axis, Draw, Span, Study
 from lazyllm.ablation.cells import changed
 from lazyllm.ablation.engine import StudyCallback, prepare
@@ -22,6 +34,7 @@ from lazyllm.ablation.plan import make_work
 from lazyllm.ablation.results import Results
 from lazyllm.ablation.store import RESULTS, Store, read, read_lines, written
 from lazyllm.ablation.tables import export
+from lazyllm.ablation.trackers import MLflow, TensorBoard
 from lazyllm.ablation.units import Record
 from lazyllm.evaluation import data
 from lazyllm.evaluation.quality import judge
@@ -123,6 +136,20 @@ def test_what_is_written_down_is_the_same_study():
     again = Study.from_text(study.to_yaml())
     assert again.all_cells() == study.all_cells()
     assert again == study
+
+
+def test_policies_may_be_objects_and_are_written_down_by_name():
+    study = small(
+        axes=[
+            Axis(field="scorer", values={"a": NotANumber(), "b": Random(seed=2)}),
+            Axis(zip={"schedule": [Constant(0.5, start=1)], "cache": [DropCache()]}, labels=["c"]),
+        ],
+        cells=[{"name": "d", "config": LazyConfig.preset("paper")}, {"name": "e", "protect": Protect(recent=3)}],
+    )
+    again = Study.from_text(study.to_yaml())
+    assert cells_of(again) == cells_of(study)
+    assert cells_of(study)["d"] == LazyConfig.preset("paper")
+    assert isinstance(cells_of(again)["scorer=a, schedule+cache=c"].scorer, NotANumber)
 
 
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3), asked=st.integers(1, 40), seed=st.integers(0, 5))
@@ -231,6 +258,7 @@ WRONG = {
         "more than",
     ),
     "a name with a slash": ({"name": "a/b"}, "name"),
+    "a name that is no folder": ({"name": ".."}, "name"),
 }
 
 
@@ -331,6 +359,8 @@ def test_each_model_and_setting_has_its_own_unmodified_model(tmp_path):
     names = [line.contender for line in results.lines() if line.task == "records"]
     assert names[:2] == ["stock, model=tiny, tokens=300", "stock, model=tiny, tokens=400"]
     assert len(names) == 8
+    other = small(axes=[{"field": "tasks", "values": {"few": {"records": 1}, "more": {"records": 2}}}])
+    assert len(make_work(other, Shelf(load)).plan.cells) == 4
     refs = [record.cell.partition("model=")[2].partition(",")[0] for record in results.records]
     assert refs == sorted(refs), "the models are run one after the other"
 
@@ -571,6 +601,21 @@ def test_a_write_that_comes_short_is_finished_and_one_that_fails_is_undone(tmp_p
     assert (tmp_path / RESULTS).stat().st_size == read_lines(tmp_path / RESULTS).size
 
 
+@pytest.mark.parametrize("package", ["scipy", "pandas", "ray", "mlflow", "tensorboard"])
+def test_a_package_that_is_missing_is_named_with_its_extra(finished, tmp_path, monkeypatch, package):
+    folder, study, _ = finished
+    results = Results.load(folder)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"needs {package}, which is not installed: pip install lazyllm-torch\["):
+        {
+            "scipy": lambda: study.run(tmp_path / "scipy", load=load),
+            "pandas": results.frame,
+            "ray": lambda: study.run(tmp_path / "ray", load=load, ray="local"),
+            "mlflow": MLflow,
+            "tensorboard": lambda: TensorBoard(tmp_path),
+        }[package]()
+
+
 # -- what is told -------------------------------------------------------------------------------------
 
 
@@ -609,7 +654,7 @@ def test_results_are_written_in_every_format(finished, tmp_path):
     results = Results.load(folder)
     paths = {kind: export(results, tmp_path / f"results.{kind}") for kind in ("csv", "json", "md", "parquet")}
     assert len(pandas.read_csv(paths["csv"])) == len(pandas.read_parquet(paths["parquet"])) == 9
-    told = json.loads(paths["json"].read_text())
+    told = json.loads(paths["json"].read_text(), parse_constant=pytest.fail)
     assert (len(told["units"]), len(told["lines"]), len(told["cells"])) == (9, 6, 3)
     assert paths["md"].read_text() == results.table()
     assert results.table().count("\n") == 2 + 6

@@ -92,7 +92,7 @@ def test_an_evaluation_is_a_study(lazyllm, model):
 
 def test_a_wrong_study_is_one_line(lazyllm):
     path = Path("wrong.yaml")
-    path.write_text("tasks: {needles: 3}")
+    path.write_text("tasks: {needel: 3}")
     result = lazyllm("ablate", path, code=2)
     assert result.stderr.startswith("lazyllm: ")
     assert "Did you mean 'needle'" in result.stderr
@@ -113,7 +113,7 @@ FILES = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 def test_the_files_of_the_page_are_studies(monkeypatch):
     assert len(FILES) >= 4
-    assert [len(Study.from_text(text).all_cells()) for text in FILES] == [3, 20, 4, 5]
+    assert [len(Study.from_text(text).all_cells()) for text in FILES] == [3, 20, 4, 5, 6]
     documented = re.findall(
         r"^\| `(\w+)`(?:, `(\w+)`, `(\w+)`)?", PAGE.split("## What a file may say")[1], re.MULTILINE
     )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def test_a_study_that_is_killed_fifty_times_ends_with_the_same_table(tmp_path):
+def test_a_study_that_is_killed_fifty_times_ends_with_the_same_table_and_leaves_nobody_behind(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed_study", str(tmp_path)],
@@ -18,3 +18,4 @@ def test_a_study_that_is_killed_fifty_times_ends_with_the_same_table(tmp_path):
     assert told["kills"] >= 50
     assert told["same"]
     assert told["once"]
+    assert told["orphan"]

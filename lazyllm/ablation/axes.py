@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 from lazyllm.caches import CACHES
-from lazyllm.config import LazyConfig
 from lazyllm.errors import ConfigError
 from lazyllm.policies import SCHEDULES, SCORERS
 from lazyllm.policies.base import Registry, Value
@@ -22,6 +21,23 @@ TRIES = 100
 """How often a number is drawn for each that is asked for, to find different ones."""
 KINDS = ("values", "sweep", "random", "zip")
 """How an axis says what its field takes; one of these."""
+
+
+def described(value: Any) -> Any:
+    """A value as it would be written in a file: policies as mappings with their name."""
+    registries: Sequence[Registry[Any]] = (SCORERS, SCHEDULES, CACHES)
+    for registry in registries:
+        if isinstance(value, registry.base):
+            return registry.describe(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {key: described(part) for key, part in value.items()}
+    return [described(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+Written = Annotated[Any, PlainSerializer(described)]
+"""Anything that may stand in a configuration."""
 
 
 @dataclass(frozen=True)
@@ -102,27 +118,6 @@ class Draw(Value):
         return _short(self.low + step * min(most, round((drawn - self.low) / step)))
 
 
-def plain(value: Any) -> Any:
-    """A value as a file holds it: policies and configurations as the mappings that make them again."""
-    registries: tuple[Registry[Any], ...] = (SCORERS, SCHEDULES, CACHES)
-    for registry in registries:
-        if isinstance(value, registry.base):
-            return registry.describe(value)
-    if isinstance(value, LazyConfig):
-        return value.to_dict()
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude_defaults=True, by_alias=True)
-    if isinstance(value, Mapping):
-        return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    return value
-
-
-Plain = PlainSerializer(plain)
-"""Of fields that may hold anything a configuration may."""
-
-
 class Axis(Value):
     """A field and what it takes; the study runs every combination of its axes.
 
@@ -141,12 +136,12 @@ class Axis(Value):
     """
 
     field: str | None = None
-    values: Annotated[tuple[Any, ...] | dict[str, Any] | None, Field(min_length=1), Plain] = None
+    values: Annotated[tuple[Written, ...] | dict[str, Written] | None, Field(min_length=1)] = None
     sweep: str | None = None
     over: dict[str, Span | Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default_factory=dict)
     random: Draw | None = None
     draws: Annotated[int, Field(ge=1)] = 1
-    zip: Annotated[dict[str, tuple[Any, ...]] | None, Plain] = None
+    zip: dict[str, tuple[Written, ...]] | None = None
     labels: tuple[str, ...] | None = None
     name: str = ""
 
@@ -255,7 +250,7 @@ def _told(parts: Mapping[str, str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as a label; policies as they stand in a file."""
-    value = plain(value) if isinstance(value, BaseModel) else value
+    value = described(value) if isinstance(value, BaseModel) else value
     if isinstance(value, float):
         return f"{value:.9g}"
     if isinstance(value, Mapping):

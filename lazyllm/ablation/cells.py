@@ -91,7 +91,10 @@ class Cell:
 def stock_cells(cells: list[Cell]) -> list[Cell]:
     """The unmodified model under each setting of the cells; its name tells where settings differ."""
     settings = list(dict.fromkeys(cell.setting for cell in cells))
-    told = [setting.to_dict() | {"tasks": "+".join(task for task, _ in setting.tasks)} for setting in settings]
+    told = [
+        setting.to_dict() | {"tasks": "+".join(f"{task}:{count}" for task, count in setting.tasks)}
+        for setting in settings
+    ]
     varied = [name for name in told[0] if len({facts[name] for facts in told}) > 1]
     return [
         Cell(", ".join([STOCK, *(f"{name}={facts[name]}" for name in varied)]), setting)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lazyllm.ablation.dispatch import Died, Finished, Hand, Message, messages
+from lazyllm.ablation.extras import needed
 from lazyllm.ablation.models import Load
 from lazyllm.ablation.units import Group
 from lazyllm.ablation.worker import Job, Worker
@@ -88,10 +89,7 @@ class RayCrew:
 
 
 def _connected(address: str) -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--ray needs Ray, which is not installed: pip install lazyllm-torch[ray]") from None
+    ray = needed("ray", what="--ray", extra="ray")
     if not ray.is_initialized():
         try:
             _knock(address)

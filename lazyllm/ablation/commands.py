@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from lazyllm.ablation.extras import needed
 from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
 from lazyllm.console import errors_as_lines
@@ -189,6 +190,7 @@ def figures(
 
 
 def _results(folder: Path) -> Results:
+    needed("scipy", what="a study", extra="study")
     from lazyllm.ablation.results import Results
 
     return Results.load(folder)
@@ -197,6 +199,7 @@ def _results(folder: Path) -> Results:
 def _run(
     study: Study, out: Path | None, workers: int, ray: str | None, retry: bool, retime: bool, track: list[str]
 ) -> None:
+    needed("scipy", what="a study", extra="study")
     from lazyllm.ablation.engine import folder_of
     from lazyllm.ablation.progress import ProgressLine
     from lazyllm.ablation.trackers import tracker_named
@@ -228,6 +231,7 @@ def _say(results: Results) -> None:
 
 
 def _preview(study: Study, out: Path | None, retry: bool, device: str) -> None:
+    needed("scipy", what="a study", extra="study")
     from lazyllm.ablation.engine import prepare
     from lazyllm.ablation.forecast import forecast
 

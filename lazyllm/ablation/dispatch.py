@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ MOST_DEATHS = 12
 class Executor(Protocol):
     """Something that does groups, in any order, and gives each record as it comes."""
 
-    def run(self, groups: Sequence[Group]) -> Iterator[Record]:
+    def run(self, groups: Sequence[Group]) -> Generator[Record, None, None]:
         """The records of all groups, those of units that failed among them."""
 
 
@@ -32,7 +32,7 @@ class Serial:
     def __init__(self, run: str, shelf: Shelf) -> None:
         self._worker = Worker(Job(run, "main"), shelf)
 
-    def run(self, groups: Sequence[Group]) -> Iterator[Record]:
+    def run(self, groups: Sequence[Group]) -> Generator[Record, None, None]:
         """The records of all groups."""
         for group in groups:
             try:
@@ -115,7 +115,7 @@ class Dispatcher:
         self._refused: defaultdict[ModelRef, dict[str, str]] = defaultdict(dict)
         self._loadable: set[ModelRef] = set()
 
-    def run(self, groups: Sequence[Group]) -> Iterator[Record]:
+    def run(self, groups: Sequence[Group]) -> Generator[Record, None, None]:
         """The records of all groups."""
         self._waiting = deque(map(_Work, groups))
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,10 +98,11 @@ def _do(
         callback.on_start(work.plan, todo, known)
     if not groups:
         return
-    for record in recruit(secrets.token_hex(4), len(groups)).run(groups):
-        store.add(record)
-        for callback in callbacks:
-            callback.on_unit(record)
+    with closing(recruit(secrets.token_hex(4), len(groups)).run(groups)) as records:
+        for record in records:
+            store.add(record)
+            for callback in callbacks:
+                callback.on_unit(record)
 
 
 def _recruiter(workers: int, ray: str | None, load: Load | None, shelf: Shelf) -> Recruit:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lazyllm.ablation.extras import needed
 from lazyllm.ablation.plan import CellFacts, Place, Plan, best_of
 from lazyllm.ablation.store import look_into
 from lazyllm.ablation.units import Record
@@ -151,11 +152,8 @@ class Results:
         Raises:
             InputError: when pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise InputError("a frame needs pandas, which is not installed: pip install lazyllm-torch[study]") from None
-        return pandas.DataFrame(list(self.rows()))
+        frame: pandas.DataFrame = needed("pandas", what="a frame", extra="study").DataFrame(list(self.rows()))
+        return frame
 
     def table(self) -> str:
         """The lines as Markdown."""

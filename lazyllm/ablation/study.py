@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
@@ -15,7 +15,7 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from lazyllm.ablation.axes import Axis, Level, Plain, shown
+from lazyllm.ablation.axes import Axis, Level, Written, shown
 from lazyllm.ablation.cells import (
     PRESET,
     Cell,
@@ -27,6 +27,7 @@ from lazyllm.ablation.cells import (
     check_setting,
     check_tasks,
 )
+from lazyllm.ablation.extras import needed
 from lazyllm.ablation.figures import Picture
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
@@ -87,7 +88,7 @@ class Study(Value):
         ConfigError: for anything that cannot be, with the nearest name that exists.
     """
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00]+$")] = "study"
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00.][^/\\\x00]*$")] = "study"
     model: str = "packaged"
     dtype: str = "float32"
     weights: str | None = None
@@ -102,7 +103,7 @@ class Study(Value):
     )
     axes: tuple[Axis, ...] = ()
     combine: Literal["grid"] | Drawn = "grid"
-    cells: Annotated[tuple[dict[str, Any], ...], Plain] = ()
+    cells: tuple[dict[str, Written], ...] = ()
     figures: tuple[Picture, ...] = ()
     conclusions: str = ""
 
@@ -172,9 +173,10 @@ class Study(Value):
         made = [*self._crossed(self.axes), *(cell for entry in self.cells for cell in self._explicit(entry))]
         if not made:
             made = [self._cell(self._own_name(), {}, {})]
-        names = [cell.name for cell in made]
-        if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
-            raise ConfigError(f"two cells are called {twice[0]!r}; give one a name of its own")
+        names = Counter(cell.name for cell in made)
+        name, count = names.most_common(1)[0]
+        if count > 1:
+            raise ConfigError(f"two cells are called {name!r}; give one a name of its own")
         if STOCK in names:
             raise ConfigError(f"{STOCK!r} is the name of the unmodified model, which every study runs")
         return tuple(made)
@@ -220,6 +222,7 @@ class Study(Value):
         Raises:
             InputError, ConfigError: before anything runs, and when the folder cannot be used or written.
         """
+        needed("scipy", what="a study", extra="study")
         from lazyllm.ablation.engine import run
 
         return run(self, out, workers=workers, ray=ray, retry=retry, retime=retime, load=load, callbacks=callbacks)

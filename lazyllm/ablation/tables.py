@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lazyllm.errors import InputError, unknown
 from lazyllm.evaluation.compare import Line, groups
@@ -46,7 +47,7 @@ def table(lines: Sequence[Line], title: str) -> Table:
 
     view = Table(title=title, caption=CAPTION)
     for column in ("task", "run"):
-        view.add_column(column)
+        view.add_column(column, no_wrap=True)
     for column in COLUMNS:
         view.add_column(column, justify="right")
     for task, group in groups(lines):
@@ -114,7 +115,16 @@ def _json(results: Results) -> str:
         "lines": [line.to_dict() for line in results.lines()],
         "units": list(results.rows()),
     }
-    return json.dumps(data, indent=1)
+    return json.dumps(_finite(data), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with null for numbers that JSON has no words for, such as the interval of a single item."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 TEXTS: dict[str, Callable[[Results], str]] = {"csv": _csv, "json": _json, "md": markdown}

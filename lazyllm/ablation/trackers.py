@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lazyllm.ablation.engine import StudyCallback
+from lazyllm.ablation.extras import needed
 from lazyllm.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from lazyllm.evaluation.compare import Line
 
 TRACKERS = ("mlflow", "tensorboard")
-MISSING = "the tracker {name} needs {package}, which is not installed: pip install lazyllm-torch[track]"
 
 
 class MLflow(StudyCallback):
@@ -28,10 +29,7 @@ class MLflow(StudyCallback):
     """
 
     def __init__(self, uri: str | None = None) -> None:
-        try:
-            import mlflow
-        except ImportError:
-            raise InputError(MISSING.format(name="mlflow", package="MLflow")) from None
+        mlflow = needed("mlflow", what="the tracker mlflow", extra="track")
         self._client = mlflow.MlflowClient(tracking_uri=uri)
 
     def on_finish(self, results: Results) -> None:
@@ -64,11 +62,8 @@ class TensorBoard(StudyCallback):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError(MISSING.format(name="tensorboard", package="TensorBoard")) from None
-        self._writer: Any = SummaryWriter
+        needed("tensorboard", what="the tracker tensorboard", extra="track")
+        self._writer = import_module("torch.utils.tensorboard").SummaryWriter
         self._folder = Path(folder)
 
     def on_finish(self, results: Results) -> None:

@@ -14,7 +14,7 @@ from lazyllm.ablation.cells import ModelRef
 from lazyllm.ablation.models import Load, Loaded, Shelf
 from lazyllm.ablation.units import Group, Record, Unit
 from lazyllm.config import LazyConfig
-from lazyllm.errors import InputError, LazyLLMError
+from lazyllm.errors import InputError
 from lazyllm.evaluation.digest import digest
 from lazyllm.evaluation.quality import STOCK, Contender, DenseRun, Verdict, dense_run, judge, judge_and_run
 from lazyllm.evaluation.tasks import Item
@@ -131,4 +131,4 @@ def _told(error: Exception) -> str:
     """The kind of an error and its first line."""
     reason = next(iter(str(error).strip().splitlines()), "")
     kind = type(error).__name__
-    return (f"{kind}: {reason}" if reason else kind) if isinstance(error, LazyLLMError) or reason else kind
+    return f"{kind}: {reason}" if reason else kind
