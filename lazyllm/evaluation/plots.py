@@ -127,40 +127,43 @@ def _draw_curve(axes: Any, method: str, points: Sequence[Line], colour: str) -> 
 def plot_recall(found: Sequence[Kept], path: str | Path) -> Path:
     """Share of the evidence, and of the oracle's tokens, that scorers keep over the keep ratio; one column per layer.
 
-    Means over the tasks. The best scorers of a panel and the oracle are named, the others grey.
+    Means over the tasks. The best scorers and the oracle are named, the others grey.
     """
     from lazyllm.evaluation.scorers import MEASURES
 
     shown = {measure: [one for one in found if getattr(one, measure) is not None] for measure in MEASURES}
     shown = {measure: points for measure, points in shown.items() if points}
-    layers = sorted({one.layer for one in found})
+    layers, colours = sorted({one.layer for one in found}), _scorer_colours(found)
     path, figure = _new_figure(path, (5.2 * len(layers), 4.2 * len(shown)))
     panels = figure.subplots(len(shown), len(layers), squeeze=False)
     for row, (measure, points) in zip(panels, shown.items(), strict=True):
         for axes, layer in zip(row, layers, strict=True):
-            _draw_recall(axes, [one for one in points if one.layer == layer], measure)
-            axes.set(
-                title=f"{MEASURES[measure]}, before layer {layer}", xlabel="keep ratio", xlim=(0, 1), ylim=(0, 1.02)
-            )
+            _draw_recall(axes, [one for one in points if one.layer == layer], measure, colours)
+            axes.set(title=f"{MEASURES[measure]}, before layer {layer}", xlabel="keep ratio")
+            axes.set(xlim=(0, 1), ylim=(0, 1.02))
     return _save(figure, path)
 
 
-def _draw_recall(axes: Any, points: Sequence[Kept], measure: str) -> None:
-    from lazyllm.evaluation.scorers import ORACLE
+def _scorer_colours(found: Sequence[Kept]) -> dict[str, str]:
+    """Colours of the oracle and of the scorers that keep most on the whole; the same in all panels."""
+    from lazyllm.evaluation.scorers import MEASURES, ORACLE
 
-    curves: dict[str, dict[float, float]] = {}
-    for name in dict.fromkeys(one.scorer for one in points):
+    def kept(name: str) -> float:
+        own = [getattr(one, measure) for one in found if one.scorer == name for measure in MEASURES]
+        return float(np.mean([share for share in own if share is not None] or [0.0]))
+
+    ranked = sorted({one.scorer for one in found} - {ORACLE}, key=lambda name: (-kept(name), name))
+    return {ORACLE: "0.1", **{name: f"C{index}" for index, name in enumerate(ranked[:NAMED_CURVES])}}
+
+
+def _draw_recall(axes: Any, points: Sequence[Kept], measure: str, colours: Mapping[str, str]) -> None:
+    for name in sorted({one.scorer for one in points}, key=lambda name: (name in colours, name)):
         own = [one for one in points if one.scorer == name]
         ratios = sorted({one.keep for one in own})
-        curves[name] = {
-            keep: float(np.mean([getattr(one, measure) for one in own if one.keep == keep])) for keep in ratios
-        }
-    ranked = sorted(curves, key=lambda name: -sum(curves[name].values()))
-    named = [name for name in ranked if name != ORACLE][:NAMED_CURVES]
-    for name, curve in curves.items():
-        colour = "0.1" if name == ORACLE else f"C{named.index(name)}" if name in named else "0.85"
-        label = name if name == ORACLE or name in named else None
-        axes.plot([*curve, 1.0], [*curve.values(), 1.0], "o-", markersize=3, linewidth=1.4, color=colour, label=label)
+        means = [float(np.mean([getattr(one, measure) for one in own if one.keep == keep])) for keep in ratios]
+        label = name if name in colours else None
+        colour = colours.get(name, "0.85")
+        axes.plot([*ratios, 1.0], [*means, 1.0], "o-", markersize=3, linewidth=1.4, color=colour, label=label)
     axes.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle="--", label="at random")
     axes.legend(loc="lower right", fontsize=7)
 
