@@ -13,7 +13,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lazyllm import LazyPipeline
-from lazyllm.pages import Column, Estimate, Item, Reply, ReportData, Row
+from lazyllm.evaluation.plots import new_figure
+from lazyllm.pages import Column, Estimate, Figure, Item, Reply, ReportData, Row
+from lazyllm.pages.drawing import inline_svg, page_style
 
 HOSTILE = (
     "<script>window.ran = 1</script> </script> <!-- <b onclick='x()'> \"'&amp; \u2028 \u202e \x07 "
@@ -50,6 +52,17 @@ def pruning_pipe(**policies) -> LazyPipeline:
         "cache": "AuxCache(max_revived=8)", "protect": {"sinks": 2, "recent": 3}, **policies,
     }  # fmt: skip
     return LazyPipeline(byte_model(), byte_tokenizer(), **chosen)
+
+
+def drawn(title: str) -> Figure:
+    """A drawing with words and lines in the page's ink, and a colour of its own."""
+    with page_style():
+        canvas = new_figure((4, 3))
+        axes = canvas.subplots()
+        axes.plot([1, 2, 4], [0.1, 0.2, 0.3], marker="o", label="ours")
+        axes.set(xlabel="TTFT speedup", ylabel="change of loss")
+        axes.legend()
+    return Figure(title, inline_svg(canvas), f"{title}: change of loss over TTFT speedup, 0.1 at 1.")
 
 
 def seen(text: str) -> str:

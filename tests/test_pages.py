@@ -6,10 +6,21 @@ from dataclasses import replace
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from lazyllm.pages import Estimate, report
-from lazyllm.pages.figures import Axis, Point, curve_figure, front_figure
+from lazyllm.pages import report
 from lazyllm.pages.inspection import record, save_inspection
-from tests.pages import CELLS, HOSTILE, LAYERS, TASKS, made_study, opened, overflows, poor_contrasts, pruning_pipe, seen
+from tests.pages import (
+    CELLS,
+    HOSTILE,
+    LAYERS,
+    TASKS,
+    drawn,
+    made_study,
+    opened,
+    overflows,
+    poor_contrasts,
+    pruning_pipe,
+    seen,
+)
 
 FLAGS = [
     "--headless",
@@ -178,12 +189,7 @@ def test_a_narrow_screen_need_not_scroll_sideways(browser, inspected):
 
 @pytest.fixture(scope="module")
 def study():
-    points = {"ours": [Point("a", Estimate(2.0, 1.8, 2.2), Estimate(0.1)), Point("b", Estimate(4.0), Estimate(0.3))]}
-    speedup, loss = Axis("TTFT speedup"), Axis("change of loss", more_is_better=False)
-    figures = [
-        front_figure(points, title="Front", x=speedup, y=loss),
-        curve_figure(points, title="Curve", x=speedup, y=loss),
-    ]
+    figures = [drawn("Front"), drawn("Curve")]
     return replace(made_study(), figures=figures)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PANEL = (4.8, 3.8)
 """Inches of one panel."""
+MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ def _draw_curves(axes: Any, picture: Picture, cells: Cells, stock: Line | None) 
         axes.axhline(level, color="0.5", linewidth=1, linestyle="--", label="unmodified")
     ticks = _ticks(picture.x, cells)
     for index, (name, points) in enumerate(_by(picture.by, cells).items()):
-        _draw_curve(axes, name, points, picture, ticks, f"C{index % 10}")
+        look = {"color": f"C{index}", "marker": MARKERS[index % len(MARKERS)]}
+        _draw_curve(axes, name, points, picture, ticks, look)
     if picture.kind == "front":
         _draw_front(axes, picture, cells)
     axes.set(xlabel=_title(picture.x), ylabel=measure.title)
@@ -239,7 +241,7 @@ def _draw_curves(axes: Any, picture: Picture, cells: Cells, stock: Line | None) 
 
 
 def _draw_curve(
-    axes: Any, name: str, cells: Cells, picture: Picture, ticks: Mapping[str, float] | None, colour: str
+    axes: Any, name: str, cells: Cells, picture: Picture, ticks: Mapping[str, float] | None, look: Mapping[str, str]
 ) -> None:
     points = [
         (x, y)
@@ -250,17 +252,9 @@ def _draw_curve(
         return
     points.sort(key=lambda point: point[0])
     effects = [effect for _, effect in points]
-    axes.errorbar(
-        [x for x, _ in points],
-        [effect.estimate for effect in effects],
-        yerr=reach_of(effects),
-        fmt="o-",
-        markersize=4,
-        linewidth=1.2,
-        color=colour,
-        capsize=2,
-        label=name,
-    )
+    style = {"linestyle": "-" if picture.by else "", "markersize": 4, "linewidth": 1.2, "capsize": 2, **look}
+    places, middles = [x for x, _ in points], [effect.estimate for effect in effects]
+    axes.errorbar(places, middles, yerr=reach_of(effects), label=name, **style)
 
 
 def _draw_front(axes: Any, picture: Picture, cells: Cells) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from lazyllm.errors import InputError
 from lazyllm.pages.render import as_block, as_numbers, render, save
 
 CHUNK_ITEMS = 100
 """Items that are unpacked together when one of them is looked at."""
-DATA_FILE = "report.json"
-"""What the data of a report is called in the folder of a study."""
 
 
 @dataclass(frozen=True)
@@ -143,35 +138,6 @@ class ReportData:
             *(cell for item in self.items for cell in item.replies),
         ]
         return list(dict.fromkeys(told))
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the data as JSON; a folder gets a file `report.json`."""
-        path = _data_file(path)
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> ReportData:
-        """Reads what `save` wrote, from the file or its folder.
-
-        Raises:
-            InputError: when there is no such file, or it holds something else.
-        """
-        path = _data_file(path)
-        try:
-            return TypeAdapter(ReportData).validate_python(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise InputError(f"cannot read the data of a report from {str(path)!r}: {error.strerror}") from None
-        except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            where = ".".join(map(str, fault["loc"])) or "all of it"
-            raise InputError(f"{str(path)!r} holds no data of a report: {where}: {fault['msg']}") from None
-        except ValueError:
-            raise InputError(f"{str(path)!r} holds no data of a report: it is not JSON") from None
-
-
-def _data_file(path: str | Path) -> Path:
-    return Path(path) / DATA_FILE if Path(path).is_dir() else Path(path)
 
 
 def report(data: ReportData, path: str | Path, *, prompts: bool = True) -> Path:
