@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from lazyllm import CACHES, SCHEDULES, SCORERS, Constant, InputError, LazyConfig, LazyPipeline, preset_names
 from lazyllm.cli import app
 from lazyllm.policies import Keep, Phase
-from tests.pages import made_study
 from tests.tiny import word_tokenizer
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -369,12 +368,3 @@ def test_inspect_writes_a_page_and_prints_its_path(lazyllm, folder, tmp_path):
 def test_inspect_refuses_what_it_cannot_show(lazyllm, folder, arguments, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(lazyllm("inspect", "--model", folder, *arguments), reason)
-
-
-def test_report_writes_the_page_of_a_folder(lazyllm, tmp_path):
-    made_study(3).save(tmp_path)
-    for extra in ([], ["--no-prompts"]):
-        result = lazyllm("report", tmp_path, "-o", tmp_path / "report.html", *extra)
-        assert result.exit_code == 0, result.stderr
-        assert ("prompts-0" in (tmp_path / "report.html").read_text(encoding="utf-8")) == (not extra)
-    refused(lazyllm("report", tmp_path / "nowhere"), "cannot read the data of a report")

@@ -536,10 +536,27 @@ def test_lm_evals_own_command_runs_it(task, tmp_path, only_ruler):
     assert config["prefill_computed_fraction"] < 1
 
 
+def test_eval_compares_presets_on_tasks_of_lm_eval(task, tmp_path, only_ruler):
+    folder, yaml = tmp_path / "model", tmp_path / "choices.yaml"
+    tiny_model().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    yaml.write_text(json.dumps(task("choices")))
+    arguments = ["eval", "--model", folder, "--dtype", "float64", "--preset", "paper", "--items", "3"]
+    arguments += ["--tasks", f"lm-eval:{yaml}", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, [str(part) for part in arguments])
+    assert result.exit_code == 0, result.output
+    assert "local_choices acc" in result.output
+    assert "too few" in result.output
+    written = json.loads((tmp_path / "out" / "lm-eval.json").read_text())
+    assert [one["contender"] for one in written] == ["dense", "paper"]
+    assert [len(one["items"]) for one in written] == [3, 3]
+    assert written[1]["computed_fraction"] < 1 == written[0]["computed_fraction"]
+
+
 def test_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setattr(harness_cli, "find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["lm-eval", "--help"])
-    assert (result.exit_code, "lazyllm-torch[eval]" in result.stderr) == (2, True)
+    assert (result.exit_code, "lazyllm-torch[lm-eval]" in result.stderr) == (2, True)
 
 
 def test_a_wrong_argument_is_one_line(only_ruler):
@@ -558,7 +575,7 @@ def test_lazyllm_does_without_lm_eval_and_the_module_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].startswith("ImportError: lazyllm.evaluation.harness needs lm-eval")
-    assert done.stderr.rstrip().endswith("pip install lazyllm-torch[eval]")
+    assert done.stderr.rstrip().endswith("pip install lazyllm-torch[lm-eval]")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from lazyllm.evaluation.options import names_in
 if TYPE_CHECKING:
     from lazyllm.ablation.engine import StudyCallback
     from lazyllm.ablation.results import Results
+    from lazyllm.evaluation.statistics import Comparison
 
 app = typer.Typer(help="Reads the results of a study.", no_args_is_help=True)
 
@@ -66,7 +68,7 @@ def ablate(
 @errors_as_lines()
 def evaluate(
     preset: Annotated[str, typer.Option(help="Presets, or paths of configurations.")] = "recommended",
-    tasks: Annotated[str, typer.Option(help="Names of tasks.")] = "needle,squad",
+    tasks: Annotated[str, typer.Option(help="Names of tasks; lm-eval:NAME for those of lm-eval.")] = "needle,squad",
     items: Annotated[int, typer.Option(min=1, help="Items of every task.")] = 24,
     tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2048,
     question: Annotated[str, typer.Option(help="Where it stands: last, first or middle.")] = "last",
@@ -82,15 +84,46 @@ def evaluate(
     retime: RetimeOption = False,
     device: OnOption = "h100-sxm",
 ) -> None:
-    """Judges configurations beside the unmodified model: a study with a cell for each."""
+    """Judges configurations beside the unmodified model: a study with a cell for each, then tasks of lm-eval."""
+    own, foreign = _split(names_in(tasks))
+    presets = {Path(one).stem: one for one in names_in(preset)}
+    cells = [{"preset": one, "name": label} for label, one in presets.items()]
     study = Study(
-        name=name, model=model, dtype=dtype, tasks=dict.fromkeys(names_in(tasks), items), tokens=tokens,
-        question=question, seed=seed, cells=[{"preset": one, "name": Path(one).stem} for one in names_in(preset)],
+        name=name, model=model, dtype=dtype, tasks=dict.fromkeys(own or ["needle"], items), tokens=tokens,
+        question=question, seed=seed, cells=cells,
     )  # fmt: skip
     if dry_run:
         _preview(study, out, retry, device)
-    else:
+        return
+    if own:
         _run(study, out, workers, ray, retry, retime, [])
+    if foreign:
+        _run_lm_eval(study, presets, foreign, items, out)
+
+
+LM_EVAL = "lm-eval:"
+"""How names of tasks begin that are lm-eval's."""
+
+
+def _split(names: list[str]) -> tuple[list[str], list[str]]:
+    """Tasks of this project, and those of lm-eval without their prefix."""
+    foreign = [name.removeprefix(LM_EVAL) for name in names if name.startswith(LM_EVAL)]
+    return [name for name in names if not name.startswith(LM_EVAL)], foreign
+
+
+def _run_lm_eval(study: Study, presets: dict[str, str], tasks: list[str], items: int, out: Path | None) -> None:
+    """Runs lm-eval's tasks under the unmodified model's configuration and each preset, and compares them item by item."""
+    needed("lm_eval", what="a task of lm-eval", extra="lm-eval")
+    from lazyllm.ablation.engine import folder_of
+    from lazyllm.ablation.lm_eval_tasks import family, judged
+    from lazyllm.config import LazyConfig
+
+    configs = {"dense": LazyConfig.preset("dense")} | {label: LazyConfig.preset(one) for label, one in presets.items()}
+    path = folder_of(study, out) / "lm-eval.json"
+    with Console(stderr=True).status("lm-eval") as status:
+        results = judged(study, configs, tasks, items, path, lambda told: status.update(told))
+    _show_comparisons(family(results), "metrics of lm-eval against the unmodified model")
+    typer.echo(f"written: {path}")
 
 
 @errors_as_lines()
@@ -152,12 +185,17 @@ def compare(
 ) -> None:
     """Says of every cell whether it is no worse than the unmodified model, and whether that can be told at all."""
     from lazyllm.ablation.comparisons import VALUES, comparisons
-    from lazyllm.ablation.tables import interval
 
     found = comparisons(_results(folder), by=by, margin=margin, against=against)
+    unit, margin = VALUES[by].unit, found[0].margin
+    _show_comparisons(found, f"{by} ({unit}) against {against or 'the unmodified model'}, margin {margin:g}")
+
+
+def _show_comparisons(found: Sequence[Comparison], title: str) -> None:
+    from lazyllm.ablation.tables import interval
+
     console = Console(width=None if Console().is_terminal else 200)
-    head = f"{by} ({VALUES[by].unit}) against {against or 'the unmodified model'}, margin {found[0].margin:g}"
-    table = Table("task", "cell", box=SIMPLE, title=head, caption=COMPARE_CAPTION)
+    table = Table("task", "cell", box=SIMPLE, title=title, caption=COMPARE_CAPTION)
     for column in ("n", "baseline", "mean", "difference", "p", "p, Holm", "shows from"):
         table.add_column(column, justify="right")
     table.add_column("worse?")
@@ -190,7 +228,7 @@ def figures(
 
 
 def _results(folder: Path) -> Results:
-    needed("scipy", what="a study", extra="study")
+    needed("scipy", what="a study", extra="eval")
     from lazyllm.ablation.results import Results
 
     return Results.load(folder)
@@ -199,7 +237,7 @@ def _results(folder: Path) -> Results:
 def _run(
     study: Study, out: Path | None, workers: int, ray: str | None, retry: bool, retime: bool, track: list[str]
 ) -> None:
-    needed("scipy", what="a study", extra="study")
+    needed("scipy", what="a study", extra="eval")
     from lazyllm.ablation.engine import folder_of
     from lazyllm.ablation.progress import ProgressLine
     from lazyllm.ablation.trackers import tracker_named
@@ -231,7 +269,7 @@ def _say(results: Results) -> None:
 
 
 def _preview(study: Study, out: Path | None, retry: bool, device: str) -> None:
-    needed("scipy", what="a study", extra="study")
+    needed("scipy", what="a study", extra="eval")
     from lazyllm.ablation.engine import prepare
     from lazyllm.ablation.forecast import forecast
 

@@ -152,7 +152,7 @@ class Results:
         Raises:
             InputError: when pandas is not installed.
         """
-        frame: pandas.DataFrame = needed("pandas", what="a frame", extra="study").DataFrame(list(self.rows()))
+        frame: pandas.DataFrame = needed("pandas", what="a frame", extra="eval").DataFrame(list(self.rows()))
         return frame
 
     def table(self) -> str:

@@ -222,7 +222,7 @@ class Study(Value):
         Raises:
             InputError, ConfigError: before anything runs, and when the folder cannot be used or written.
         """
-        needed("scipy", what="a study", extra="study")
+        needed("scipy", what="a study", extra="eval")
         from lazyllm.ablation.engine import run
 
         return run(self, out, workers=workers, ray=ray, retry=retry, retime=retime, load=load, callbacks=callbacks)

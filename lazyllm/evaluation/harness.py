@@ -34,7 +34,8 @@ try:
     from tqdm import tqdm
 except ImportError as missing:
     raise ImportError(
-        f"{__name__} needs lm-eval, which is not installed or incomplete ({missing}): pip install lazyllm-torch[eval]"
+        f"{__name__} needs lm-eval, which is not installed or incomplete ({missing}): "
+        "pip install lazyllm-torch[lm-eval]"
     ) from missing
 
 MODEL_NAME = "lazyllm"

@@ -18,7 +18,9 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
         InputError: when lm-eval is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise InputError("the command lm-eval needs lm-eval, which is not installed: pip install lazyllm-torch[eval]")
+        raise InputError(
+            "the command lm-eval needs lm-eval, which is not installed: pip install lazyllm-torch[lm-eval]"
+        )
     from lm_eval.__main__ import cli_evaluate
 
     import lazyllm.evaluation.harness  # noqa: F401  # registers the model
