@@ -3,11 +3,13 @@
 import random
 
 import pytest
+import torch
 
 from lazyllm import SCORERS, ConfigError, LazyPipeline, Oracle, Protect, Random, Stages
 from lazyllm.evaluation.plots import plot_recall
 from lazyllm.evaluation.quality import evidence_recall
-from lazyllm.evaluation.scorers import Kept, every_scorer, judge_scorers, scorer_sections
+from lazyllm.evaluation.ranking import Ranking
+from lazyllm.evaluation.scorers import Kept, _of_the_oracles, every_scorer, judge_scorers, scorer_sections
 from lazyllm.evaluation.tasks import Item
 from tests.tiny import tiny_model, word_tokenizer
 
@@ -77,6 +79,15 @@ def test_the_oracle_keeps_its_own_tokens_and_chance_keeps_the_share(found):
     assert all(0 <= one.oracle <= 1 for one in found)
     uniform = [one.oracle for one in found if (one.scorer, one.keep) == ("Uniform", 0.5)]
     assert sum(uniform) / len(uniform) == pytest.approx(0.5, abs=0.15)
+
+
+def test_tokens_that_either_protects_do_not_count():
+    mine = Ranking(torch.tensor([0.0, 1, 2, 3, 4]), torch.tensor([False, False, False, True, True]))
+    oracle = Ranking(torch.tensor([4.0, 1, 0, 3, 2]), torch.tensor([False, False, False, False, True]))
+    assert mine.kept(0.6).tolist() == [False, False, True, True, True]
+    assert oracle.kept(0.6).tolist() == [True, False, False, True, True]
+    assert _of_the_oracles(mine, oracle, 0.6) == 0, "of the first token alone"
+    assert _of_the_oracles(mine, oracle, 0.2) is None
 
 
 def test_scorers_of_ones_own_are_judged_without_any_evidence():

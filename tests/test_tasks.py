@@ -81,6 +81,7 @@ def test_facts_stand_in_the_sheets_that_are_named(hops: int):
     for one in make_items(f"facts(hops={hops})", MAKER, 8):
         sheets = {sheet.splitlines()[0]: sheet for sheet in document_of(one).split("\n\n")}
         field, name = re.search(r"What is the ([\w ]+?) of (?:the neighbour of )?(\w+)\?", text_of(one)).groups()
+        assert all(re.search(r"neighbour: (\w+)", sheet)[1] in sheets for sheet in sheets.values())
         asked = sheets[name]
         if hops == 2:
             asked = sheets[re.search(r"neighbour: (\w+)", asked)[1]]
