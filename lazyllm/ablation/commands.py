@@ -112,7 +112,7 @@ def _split(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _run_lm_eval(study: Study, presets: dict[str, str], tasks: list[str], items: int, out: Path | None) -> None:
-    """Runs lm-eval's tasks under the unmodified model's configuration and each preset, and compares them item by item."""
+    """Runs lm-eval's tasks under the unmodified model and each preset, and compares them item by item."""
     needed("lm_eval", what="a task of lm-eval", extra="lm-eval")
     from lazyllm.ablation.engine import folder_of
     from lazyllm.ablation.lm_eval_tasks import family, judged
