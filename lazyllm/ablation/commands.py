@@ -157,10 +157,19 @@ def status(folder: FolderArgument) -> None:
 
 @app.command()
 @errors_as_lines()
-def table(folder: FolderArgument) -> None:
+def table(
+    folder: FolderArgument,
+    paper: Annotated[bool, typer.Option("--paper", help="In the form of the paper's Tables 1 and 2.")] = False,
+) -> None:
     """Shows every cell beside the unmodified model, task by task."""
     results = _results(folder)
-    _show(results, folder)
+    if not paper:
+        _show(results, folder)
+        return
+    from lazyllm.ablation.paper_tables import paper_sections
+
+    for section in paper_sections(results):
+        typer.echo(section.markdown())
 
 
 @app.command()
