@@ -19,8 +19,8 @@ SCORES = "Scores and speedups of the first token, as in Table 1 of arXiv 2407.14
 WORK = "Prompt tokens computed by the end of the reply, and speedups of the whole reply, as in its Table 2"
 MEANINGS = (
     "score: mean, in per cent; x: median of the items' ratios of time to the first token, unmodified over pruned",
-    "computed: share of the prompt's layer-tokens that were computed at any step, mean; x: median of the items' ratios of "
-    "the time for as many tokens as the unmodified model replied",
+    "computed: share of the prompt's layer-tokens that were computed at any step, mean, in per cent; x: median of the "
+    "items' ratios of the time for as many tokens as the unmodified model replied",
 )
 
 
