@@ -66,9 +66,12 @@ def test_the_command_writes_a_page_beside_the_folder(folder):
     assert done.exit_code == 0, done.output
     page = folder.with_name("sizes.html")
     assert "More is better." in page.read_text(encoding="utf-8")
+    assert "replies-0" in page.read_text(encoding="utf-8")
     assert "prompts-0" in page.read_text(encoding="utf-8")
     assert CliRunner().invoke(app, ["report", str(folder), "--no-prompts"]).exit_code == 0
     assert "prompts-0" not in page.read_text(encoding="utf-8")
+    assert CliRunner().invoke(app, ["report", str(folder), "--no-items"]).exit_code == 0
+    assert "replies-0" not in page.read_text(encoding="utf-8")
     refused = CliRunner().invoke(app, ["report", str(folder.parent)])
     assert refused.exit_code == 2
     assert "holds no study" in refused.output

@@ -131,12 +131,13 @@ def report(
     folder: FolderArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file; FOLDER.html.")] = None,
     prompts: Annotated[bool, typer.Option("--prompts/--no-prompts", help="Whether prompts go into the page.")] = True,
+    items: Annotated[bool, typer.Option("--items/--no-items", help="Whether items and replies do.")] = True,
 ) -> None:
     """Writes a page of a study: table, figures, and every item with its replies."""
     from lazyllm.ablation.report import report_data
     from lazyllm.pages.report import report as write
 
-    data = report_data(_results(folder), Study.load(folder / STUDY))
+    data = report_data(_results(folder), Study.load(folder / STUDY), items=items)
     path = write(data, output or folder.with_name(f"{folder.resolve().name}.html"), prompts=prompts)
     typer.echo(f"written: {path}")
 

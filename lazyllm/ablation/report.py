@@ -18,12 +18,13 @@ EXTRA = {"won": "answers with a higher score than the unmodified model's", "lost
 """Columns that are no measures, and what they mean."""
 
 
-def report_data(results: Results, study: Study) -> ReportData:
+def report_data(results: Results, study: Study, *, items: bool = True) -> ReportData:
     """Table, figures, and every item with its replies.
 
     Args:
         results: what the study found.
         study: the figures it names, its conclusions, and what it was.
+        items: whether items and replies go into it, besides what they come to.
     """
     lines, cells = results.lines(), results.plan.cells
     return ReportData(
@@ -34,7 +35,7 @@ def report_data(results: Results, study: Study) -> ReportData:
         rows=[_row(line, cells[line.contender]) for line in lines],
         baseline=next(cell.name for cell in cells.values() if cell.is_stock),
         figures=[_figure(results, picture) for picture in study.figures] if lines else [],
-        items=list(_items(results)),
+        items=list(_items(results)) if items else [],
         conclusions=study.conclusions,
         command=f"lazyllm ablate {study.name}.yaml",
     )
