@@ -23,13 +23,13 @@ PAGE = Path("out/inspect.html")
 
 
 def write() -> Path:
-    """The page of a SQuAD question among distracting paragraphs."""
+    """The page of a question about a number in presidential addresses, whose texts are in the public domain."""
     with quiet_loading():
         model, tokenizer = load_model(packaged_model(), dtype=torch.float32)
-    (item,) = make_items("squad", Maker(tokenizer, TOKENS), 1, seed=SEED)
+    (item,) = make_items("needle", Maker(tokenizer, TOKENS), 1, seed=SEED)
     pipe = LazyPipeline.from_preset("recommended", model, tokenizer)
     PAGE.parent.mkdir(exist_ok=True)
-    title = "A question among distracting paragraphs, SmolLM2-135M-Instruct, recommended"
+    title = "A question about presidential addresses, SmolLM2-135M-Instruct, recommended"
     return inspect(pipe, item.prompt, PAGE, title=title, max_new_tokens=NEW_TOKENS, do_sample=False)
 
 
