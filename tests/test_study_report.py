@@ -61,6 +61,14 @@ def test_figures_are_drawn_with_the_ink_of_the_page_and_told_in_words(folder):
     assert "computed by the end" in second.text
 
 
+def test_a_study_that_has_only_begun_has_a_page_without_figures(folder):
+    results, study = Results.load(folder), Study.load(folder / STUDY)
+    begun = Results(results.plan, [record for record in results.records if record.cell == "stock"], results.items)
+    data = report_data(begun, study)
+    assert {row.cell for row in data.rows} == {"stock"}
+    assert data.figures == []
+
+
 def test_the_command_writes_a_page_beside_the_folder(folder):
     done = CliRunner().invoke(app, ["report", str(folder)])
     assert done.exit_code == 0, done.output

@@ -26,6 +26,7 @@ def report_data(results: Results, study: Study) -> ReportData:
         study: the figures it names, its conclusions, and what it was.
     """
     lines, cells = results.lines(), results.plan.cells
+    can_draw = any(not cells[line.contender].is_stock for line in lines)
     return ReportData(
         title=study.name,
         conditions=_conditions(study, lines),
@@ -33,7 +34,7 @@ def report_data(results: Results, study: Study) -> ReportData:
         columns=_columns(),
         rows=[_row(line, cells[line.contender]) for line in lines],
         baseline=next(cell.name for cell in cells.values() if cell.is_stock),
-        figures=[_figure(results, picture) for picture in study.figures] if lines else [],
+        figures=[_figure(results, picture) for picture in study.figures] if can_draw else [],
         items=list(_items(results)),
         conclusions=study.conclusions,
         command=f"lazyllm ablate {study.name}.yaml",
