@@ -29,6 +29,7 @@ from lazyllm import (
 from lazyllm.ablation import Axis, Draw, Span, Study
 from lazyllm.ablation.cells import changed
 from lazyllm.ablation.engine import StudyCallback, prepare
+from lazyllm.ablation.forecast import forecast
 from lazyllm.ablation.models import Shelf
 from lazyllm.ablation.plan import make_work
 from lazyllm.ablation.results import Results
@@ -36,6 +37,7 @@ from lazyllm.ablation.store import RESULTS, Store, read, read_lines, written
 from lazyllm.ablation.tables import export
 from lazyllm.ablation.trackers import MLflow, TensorBoard
 from lazyllm.ablation.units import Record
+from lazyllm.costs import Device
 from lazyllm.evaluation import data
 from lazyllm.evaluation.quality import judge
 from tests.studies import NotANumber, figures, load, short_items, small
@@ -625,6 +627,22 @@ def test_a_preview_counts_and_writes_nothing(finished, tmp_path):
     assert sum(len(group.units) for group in fresh.groups) == 9
     assert not (tmp_path / "none").exists()
     assert prepare(study, folder, load=load).groups == []
+
+
+def test_a_forecast_looks_at_each_model_once(tmp_path):
+    asked = []
+
+    def counting(ref):
+        asked.append(ref.model)
+        return load(ref)
+
+    study = small(axes=[RECENT, {"field": "model", "values": ["tiny", "tiny-2"]}])
+    preview = prepare(study, tmp_path / "none", load=counting)
+    planned = len(asked)
+    lines = list(forecast(preview, Device.named("h100-sxm")))
+    assert sorted(asked[planned:]) in (["tiny"], ["tiny", "tiny-2"])
+    assert [(line.known, line.todo) for line in lines] == [(0, 3)] * 6
+    assert all(line.flops for line in lines)
 
 
 def test_a_frame_has_a_row_per_unit(finished):
