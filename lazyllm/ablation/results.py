@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ from lazyllm.evaluation.quality import Verdict
 if TYPE_CHECKING:
     import pandas
 
-LISTS = ("reference", "reply")
-"""Fields of a verdict that hold token ids."""
+Pair = tuple[Verdict, Verdict, bool]
+"""A verdict, the unmodified model's on the same item, and whether their times may be compared."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Results:
         record = self.record(place)
         return None if record is None or record.verdict is None else _verdict(record.verdict)
 
-    def pair(self, place: Place) -> tuple[Verdict, Verdict, bool] | None:
+    def pair(self, place: Place) -> Pair | None:
         """A verdict, the unmodified model's on the same item, and whether their times may be compared.
 
         They may where both ran in one worker of one run. None where a verdict is missing.
@@ -97,16 +98,20 @@ class Results:
             return None
         return _verdict(own[0].verdict), _verdict(stock[0].verdict), False
 
+    def pairs(self) -> Iterator[tuple[str, str, list[Pair]]]:
+        """Task, cell and what is paired of it, for every cell with results, task by task."""
+        for (task, cell), places in self._by_task_and_cell().items():
+            found = [pair for place in places if (pair := self.pair(place)) is not None]
+            if found:
+                yield task, cell, found
+
     def lines(self) -> list[Line]:
         """Every cell with results against the unmodified model, task by task."""
-        by_line = self._by_task_and_cell()
-        made = []
-        for (task, cell), places in by_line.items():
-            pairs = [pair for place in places if (pair := self.pair(place)) is not None]
-            if pairs:
-                mine, stock, timed = zip(*pairs, strict=True)
-                made.append(line_of(task, cell, mine, stock, timed))
-        return made
+        return list(self._lines)
+
+    @cached_property
+    def _lines(self) -> list[Line]:
+        return [line_of(task, cell, *zip(*pairs, strict=True)) for task, cell, pairs in self.pairs()]
 
     def status(self) -> list[Status]:
         """How far each cell is with each task."""
