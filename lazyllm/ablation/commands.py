@@ -19,6 +19,7 @@ from lazyllm.ablation.study import Study
 from lazyllm.console import errors_as_lines
 from lazyllm.costs import Device
 from lazyllm.costs.device import HERE
+from lazyllm.errors import InputError
 from lazyllm.evaluation.options import names_in
 
 if TYPE_CHECKING:
@@ -86,18 +87,19 @@ def evaluate(
 ) -> None:
     """Judges configurations beside the unmodified model: a study with a cell for each, then tasks of lm-eval."""
     own, foreign = _split(names_in(tasks))
-    presets = {Path(one).stem: one for one in names_in(preset)}
+    presets = _by_name(names_in(preset), ["dense"] if foreign else [])
     cells = [{"preset": one, "name": label} for label, one in presets.items()]
     study = Study(
         name=name, model=model, dtype=dtype, tasks=dict.fromkeys(own or ["needle"], items), tokens=tokens,
         question=question, seed=seed, cells=cells,
     )  # fmt: skip
-    if dry_run:
+    if own and dry_run:
         _preview(study, out, retry, device)
-        return
-    if own:
+    elif own:
         _run(study, out, workers, ray, retry, retime, [])
-    if foreign:
+    if foreign and dry_run:
+        typer.echo(f"what tasks of lm-eval cost is not known before they run: {', '.join(foreign)}", err=True)
+    elif foreign:
         _run_lm_eval(study, presets, foreign, items, out)
 
 
@@ -109,6 +111,20 @@ def _split(names: list[str]) -> tuple[list[str], list[str]]:
     """Tasks of this project, and those of lm-eval without their prefix."""
     foreign = [name.removeprefix(LM_EVAL) for name in names if name.startswith(LM_EVAL)]
     return [name for name in names if not name.startswith(LM_EVAL)], foreign
+
+
+def _by_name(presets: list[str], taken: list[str]) -> dict[str, str]:
+    """Presets by what their cells are called; files without folder and ending. Presets in `taken` keep their names.
+
+    Raises:
+        InputError: when two would be called the same.
+    """
+    named: dict[str, str] = {name: name for name in taken}
+    for preset in presets:
+        name = Path(preset).stem
+        if named.setdefault(name, preset) != preset:
+            raise InputError(f"two configurations are called {name!r}, {named[name]!r} and {preset!r}; rename a file")
+    return {Path(preset).stem: preset for preset in presets}
 
 
 def _run_lm_eval(study: Study, presets: dict[str, str], tasks: list[str], items: int, out: Path | None) -> None:
