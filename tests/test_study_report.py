@@ -61,6 +61,19 @@ def test_figures_are_drawn_with_the_ink_of_the_page_and_told_in_words(folder):
     assert "computed by the end" in second.text
 
 
+def test_items_of_each_setting_stand_beside_its_own_unmodified_model(tmp_path):
+    axes = [{"field": "model", "values": ["tiny", "tiny-2"]}]
+    study = small(axes=axes, tasks={"records": 2})
+    results = study.run(tmp_path, load=load)
+    data = report_data(results, study)
+    assert data.cells[0] == data.baseline == "stock"
+    assert [item.index for item in data.items] == [0, 1, 2, 3]
+    for name in ("tiny", "tiny-2"):
+        own = [item for item in data.items if f"model={name}" in item.replies]
+        assert [set(item.replies) for item in own] == [{"stock", f"stock, model={name}", f"model={name}"}] * 2
+        assert all(item.replies["stock"] == item.replies[f"stock, model={name}"] for item in own)
+
+
 def test_a_study_that_has_only_begun_has_a_page_without_figures(folder):
     results, study = Results.load(folder), Study.load(folder / STUDY)
     begun = Results(results.plan, [record for record in results.records if record.cell == "stock"], results.items)

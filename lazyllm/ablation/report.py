@@ -12,6 +12,7 @@ from lazyllm.ablation.results import Results
 from lazyllm.ablation.study import Study
 from lazyllm.ablation.units import versions
 from lazyllm.evaluation.compare import Line
+from lazyllm.evaluation.quality import STOCK
 from lazyllm.pages.report import Column, Estimate, Figure, Item, Reply, ReportData, Row, Value
 
 EXTRA = {"won": "answers with a higher score than the unmodified model's", "lost": "answers with a lower one"}
@@ -33,7 +34,7 @@ def report_data(results: Results, study: Study) -> ReportData:
         axes=_axes(results),
         columns=_columns(),
         rows=[_row(line, cells[line.contender]) for line in lines],
-        baseline=next(cell.name for cell in cells.values() if cell.is_stock),
+        baseline=STOCK,
         figures=[_figure(results, picture) for picture in study.figures] if can_draw else [],
         items=list(_items(results)),
         conclusions=study.conclusions,
@@ -87,15 +88,17 @@ def _values(line: Line) -> dict[str, Value]:
 
 
 def _items(results: Results) -> Iterator[Item]:
-    """Every item once a task, with what each cell replied; where settings differ, each has items of its own."""
-    shelves: dict[tuple[str, str], list[Place]] = {}
+    """Every item once a task and setting, with what each cell replied, the unmodified model of that setting first."""
+    shelves: dict[tuple[str, str, str], list[Place]] = {}
     for place in results.plan.places:
-        shelves.setdefault((place.task, place.item), []).append(place)
+        shelves.setdefault((place.task, place.item, place.stock), []).append(place)
     numbers: dict[str, int] = {}
-    for (task, item), places in shelves.items():
+    for (task, item, _), places in shelves.items():
         numbers[task] = numbers.get(task, -1) + 1
         content = results.items.get(item, {})
-        replies = {place.cell: reply for place in places if (reply := _reply(results, place)) is not None}
+        named = [(STOCK, place) for place in places if place.address == place.stock][:1]
+        named += [(place.cell, place) for place in places]
+        replies = {name: reply for name, place in named if (reply := _reply(results, place)) is not None}
         yield Item(
             task=task,
             index=numbers[task],
