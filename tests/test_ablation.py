@@ -154,6 +154,13 @@ def test_policies_may_be_objects_and_are_written_down_by_name():
     assert isinstance(cells_of(again)["scorer=a, schedule+cache=c"].scorer, NotANumber)
 
 
+def test_a_draw_leaves_the_axes_of_single_cells_whole():
+    cell = {"name": "late", "axes": [{"field": "protect.sinks", "values": [1, 2, 3]}]}
+    made = cells_of(small(axes=[RECENT], cells=[cell], combine={"random": 1}))
+    assert [name for name in made if name.startswith("late")] == [f"late, protect.sinks={sinks}" for sinks in (1, 2, 3)]
+    assert len(made) == 1 + 3
+
+
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3), asked=st.integers(1, 40), seed=st.integers(0, 5))
 def test_cells_are_a_product_and_a_draw_is_a_part_of_it(sizes, asked, seed):
     fields = ["protect.recent", "protect.sinks", "chunk"]
