@@ -16,9 +16,7 @@ from rich.table import Table
 from lazyllm.ablation.extras import needed
 from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
-from lazyllm.console import errors_as_lines
-from lazyllm.costs import Device
-from lazyllm.costs.device import HERE
+from lazyllm.console import device_named, errors_as_lines
 from lazyllm.errors import InputError
 from lazyllm.evaluation.options import names_in
 
@@ -272,9 +270,7 @@ def _run(
     callbacks: list[StudyCallback] = [tracker_named(text) for text in track]
     with ExitStack() as stack:
         callbacks.append(stack.enter_context(ProgressLine(Console(stderr=True))))
-        results = study.run(
-            out, workers=workers, ray=ray, retry=retry, retime=retime, callbacks=callbacks
-        )  # fmt: skip
+        results = study.run(out, workers=workers, ray=ray, retry=retry, retime=retime, callbacks=callbacks)
     _show(results, folder_of(study, out))
 
 
@@ -319,13 +315,3 @@ def _costs(flops: float | None, seconds: float | None) -> tuple[str, str]:
     if flops is None or seconds is None:
         return "-", "-"
     return f"{flops / 1e12:,.1f}", f"{seconds:.2f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
-
-
-def device_named(name: str) -> Device:
-    """A device by name, from a file, or this machine, measured."""
-    if name == HERE:
-        from lazyllm.costs import calibrate
-
-        with Console(stderr=True).status("measuring this machine"):
-            return calibrate()
-    return Device.load(name) if Path(name).suffix == ".json" else Device.named(name)
