@@ -233,8 +233,7 @@ def _collected(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _swept(text: str, over: Mapping[str, Span | Sequence[float]]) -> Iterator[tuple[dict[str, str], str]]:
     """Every combination of the numbers, by name, and the text that holds them."""
-    columns = [span.numbers() if isinstance(span, Span) else [_short(number) for number in span]
-               for span in over.values()]  # fmt: skip
+    columns = [span.numbers() if isinstance(span, Span) else list(map(_short, span)) for span in over.values()]
     for numbers in product(*columns):
         parts = {name: shown(number) for name, number in zip(over, numbers, strict=True)}
         filled = text
