@@ -266,6 +266,10 @@ WRONG = {
         {"axes": [{"field": f, "values": list(range(1, 400))} for f in ("chunk", "tokens")]},
         "more than",
     ),
+    "a draw of whole numbers": (
+        {"axes": [{"field": "chunk", "random": {"low": 0.5, "high": 9, "whole": True}}]},
+        "whole numbers begin at one and go by one, not 0.5",
+    ),
     "a name with a slash": ({"name": "a/b"}, "name"),
     "a name that is no folder": ({"name": ".."}, "name"),
 }
@@ -670,6 +674,15 @@ def test_a_frame_has_a_row_per_unit(finished):
     means = frame[frame.task == "records"].groupby("cell")["loss"].mean()
     lines = {line.contender: line for line in Results.load(folder).lines() if line.task == "records"}
     assert {cell: pytest.approx(line.loss) for cell, line in lines.items()} == means.to_dict()
+
+
+def test_an_axis_called_like_a_column_takes_nothing_away(tmp_path):
+    study = small(axes=[{**RECENT, "name": "task"}, {"field": "protect.sinks", "values": [1], "name": "loss"}])
+    rows = list(study.run(tmp_path, load=load).rows())
+    assert {row["task"] for row in rows} == {"records", "summary"}
+    assert {row["axis.task"] for row in rows} == {None, "4", "16"}
+    assert {row["axis.loss"] for row in rows} == {None, "1"}
+    assert all(isinstance(row["loss"], float) for row in rows)
 
 
 def test_results_are_written_in_every_format(finished, tmp_path):

@@ -99,6 +99,8 @@ class Draw(Value):
             raise ValueError(f"low must lie below high, got {self.low:g} and {self.high:g}")
         if self.log and self.low <= 0:
             raise ValueError(f"logarithms need numbers above 0, not {self.low:g}")
+        if self.whole and not (self.low.is_integer() and (self.step or 1.0).is_integer()):
+            raise ValueError(f"whole numbers begin at one and go by one, not {self.low:g} and {self.step or 1:g}")
         return self
 
     def numbers(self, rng: randomness.Random, count: int) -> list[float]:

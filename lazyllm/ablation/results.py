@@ -21,6 +21,11 @@ from lazyllm.evaluation.quality import Verdict
 if TYPE_CHECKING:
     import pandas
 
+VERDICT = tuple(field.name for field in fields(Verdict))
+WHERE = ("run", "worker", "host", "sequence")
+"""Fields of a record that say where it ran."""
+COLUMNS = {"cell", "task", "index", "state", "speedup", "error", "item", "address", *VERDICT, *WHERE}
+"""What a row of units holds beside axes and settings; axes of these names are called `axis.NAME` there."""
 Pair = tuple[Verdict, Verdict, bool]
 """A verdict, the unmodified model's on the same item, and whether their times may be compared."""
 
@@ -131,7 +136,6 @@ class Results:
     def rows(self) -> Iterator[dict[str, Any]]:
         """One mapping per unit: where it stands, what it ran under, what came of it."""
         axes = list(dict.fromkeys(axis for cell in self.plan.cells.values() for axis in cell.labels))
-        names = [field.name for field in fields(Verdict)]
         for place in self.plan.places:
             cell, record = self.plan.cells[place.cell], self.record(place)
             verdict = dict(record.verdict or {}) if record else {}
@@ -139,14 +143,14 @@ class Results:
                 "cell": place.cell,
                 "task": place.task,
                 "index": place.index,
-                **{axis: cell.labels.get(axis) for axis in axes},
+                **{f"axis.{axis}" if axis in COLUMNS else axis: cell.labels.get(axis) for axis in axes},
                 **{f"setting.{name}": value for name, value in cell.setting.items()},
                 "state": "missing" if record is None else "done" if record.is_done else "failed",
-                **dict.fromkeys(names),
+                **dict.fromkeys(VERDICT),
                 **verdict,
                 "speedup": self._speedup(place, cell),
                 "error": record.error if record else None,
-                **{name: getattr(record, name, None) for name in ("run", "worker", "host", "sequence")},
+                **{name: getattr(record, name, None) for name in WHERE},
                 "item": place.item,
                 "address": place.address,
             }
@@ -191,4 +195,4 @@ class Results:
 
 def _verdict(data: Mapping[str, Any]) -> Verdict:
     """The verdict with these fields; those it has never heard of are left out."""
-    return Verdict(**{field.name: data[field.name] for field in fields(Verdict) if field.name in data})
+    return Verdict(**{name: data[name] for name in VERDICT if name in data})
