@@ -44,6 +44,7 @@ try:
     from rich.text import Text
 
     from lazyllm.ablation import commands
+    from lazyllm.ablation.extras import needed
     from lazyllm.console import device_named, errors_as_lines
 except ImportError as missing:
     raise SystemExit(
@@ -569,6 +570,7 @@ def inspect_prompt(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 24,
 ) -> None:
     """Writes a page that shows what was computed for a prompt, token by token and step by step."""
+    needed("jinja2", what="a page", extra="eval")
     from lazyllm.pages.inspection import record, save_inspection
 
     config = _config(preset, scorer, schedule, cache, sinks, recent)

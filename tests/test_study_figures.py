@@ -155,6 +155,8 @@ def test_a_study_without_results_has_nothing_to_draw(results: Results):
     for kind in ("curves", "growth"):
         with pytest.raises(InputError, match="no results to draw yet"):
             draw(empty, Picture(kind=kind, x="keep"))
+    with pytest.raises(InputError, match=r"^the study has no results to draw yet"):
+        save_picture(empty, Picture(x="keep"), "curves.png")
 
 
 def test_figures_stand_in_the_file_of_a_study():

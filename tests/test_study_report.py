@@ -1,5 +1,7 @@
 """The report of a study says what its results say."""
 
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -93,6 +95,21 @@ def test_the_command_writes_a_page_beside_the_folder(folder):
     refused = CliRunner().invoke(app, ["report", str(folder.parent)])
     assert refused.exit_code == 2
     assert "holds no study" in refused.output
+
+
+def test_the_folder_may_be_where_one_is(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, ["report", "."])
+    assert done.exit_code == 0, done.output
+    assert folder.with_name("sizes.html").name in done.output
+
+
+@pytest.mark.parametrize("command", [["report", "."], ["inspect", "--model", "none", "--prompt", "a"]])
+def test_a_page_says_what_to_install(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2
+    assert "a page needs jinja2, which is not installed: pip install lazyllm-torch[eval]" in refused.output
 
 
 def test_figures_are_written_by_a_command_too(folder, tmp_path):

@@ -147,11 +147,13 @@ def report(
     prompts: Annotated[bool, typer.Option("--prompts/--no-prompts", help="Whether prompts go into the page.")] = True,
 ) -> None:
     """Writes a page of a study: table, figures, and every item with its replies."""
+    needed("jinja2", what="a page", extra="eval")
     from lazyllm.ablation.report import report_data
     from lazyllm.pages.report import report as write
 
     data = report_data(_results(folder), Study.load(folder / STUDY))
-    path = write(data, output or folder.with_name(f"{folder.resolve().name}.html"), prompts=prompts)
+    beside = folder if folder.name else folder.resolve()  # the folder may be "."
+    path = write(data, output or beside.with_name(f"{beside.resolve().name}.html"), prompts=prompts)
     typer.echo(f"written: {path}")
 
 

@@ -153,10 +153,10 @@ def save_picture(results: Results, picture: Picture, path: str | Path) -> Path:
     Raises:
         InputError: when there is nothing to draw, or the file cannot be written.
     """
-    path = Path(path)
+    path, figure = Path(path), draw(results, picture)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw(results, picture).savefig(path, dpi=DPI)
+        figure.savefig(path, dpi=DPI)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     return path
