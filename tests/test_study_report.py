@@ -1,6 +1,7 @@
 """The report of a study says what its results say."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -74,6 +75,15 @@ def test_items_of_each_setting_stand_beside_its_own_unmodified_model(tmp_path):
         own = [item for item in data.items if f"model={name}" in item.replies]
         assert [set(item.replies) for item in own] == [{"stock", f"stock, model={name}", f"model={name}"}] * 2
         assert all(item.replies["stock"] == item.replies[f"stock, model={name}"] for item in own)
+
+
+def test_a_page_names_the_device_of_the_run_not_that_of_the_reader(folder):
+    results, study = Results.load(folder), Study.load(folder / STUDY)
+    cells = {
+        name: replace(cell, setting={**cell.setting, "device": "cuda"}) for name, cell in results.plan.cells.items()
+    }
+    elsewhere = Results(replace(results.plan, cells=cells), results.records, results.items)
+    assert report_data(elsewhere, study).conditions.startswith("tiny, float64, cuda, 300 tokens")
 
 
 def test_a_study_that_has_only_begun_has_a_page_without_figures(folder):

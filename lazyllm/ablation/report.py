@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -30,7 +31,7 @@ def report_data(results: Results, study: Study) -> ReportData:
     can_draw = any(not cells[line.contender].is_stock for line in lines)
     return ReportData(
         title=study.name,
-        conditions=_conditions(study, lines),
+        conditions=_conditions(results, study, lines),
         axes=_axes(results),
         columns=_columns(),
         rows=[_row(line, cells[line.contender]) for line in lines],
@@ -58,12 +59,14 @@ def _figure(results: Results, picture: Picture) -> Figure:
     return Figure(picture.title or picture.kind, svg_of(results, picture), in_words(results, picture))
 
 
-def _conditions(study: Study, lines: list[Line]) -> str:
+def _conditions(results: Results, study: Study, lines: list[Line]) -> str:
     counts = sorted({line.items for line in lines}) or [0]
     items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     _, own, torch, transformers = versions()
+    devices = dict.fromkeys(str(cell.setting["device"]) for cell in results.plan.cells.values())
+    setting = replace(study.setting, ref=replace(study.setting.ref, device=" and ".join(devices)))
     return (
-        f"{study.setting}; {items} items with results per row, paired with the unmodified model's; 95 % intervals; "
+        f"{setting}; {items} items with results per row, paired with the unmodified model's; 95 % intervals; "
         f"lazyllm {own}, torch {torch}, transformers {transformers}."
     )
 
