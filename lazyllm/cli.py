@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from lazyllm.caches import CACHES
 from lazyllm.callbacks import ProgressBar, TokenTrace
 from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
-from lazyllm.costs import Cost, Device, ModelShape, Prediction, calibrate, predict
+from lazyllm.costs import Cost, ModelShape, Prediction, predict
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError
 from lazyllm.evaluation.harness_cli import run_lm_eval
@@ -44,7 +44,8 @@ try:
     from rich.text import Text
 
     from lazyllm.ablation import commands
-    from lazyllm.console import errors_as_lines
+    from lazyllm.ablation.extras import needed
+    from lazyllm.console import device_named, errors_as_lines
 except ImportError as missing:
     raise SystemExit(
         f"the lazyllm command needs {missing.name}, which is not installed: pip install lazyllm-torch[cli]"
@@ -388,7 +389,7 @@ def predict_costs(
     lengths = [_read_as(int, text, "--tokens", "8192,32768") for text in tokens.split(",")]
     shares = _kept(kept)
     _check_outputs(stats_json, plot, None, save_device)
-    shape, numbers = _shape(model), _device(device)
+    shape, numbers = _shape(model), device_named(device)
     predictions = [
         predict(shape, config, numbers, tokens=length, parallel=parallel, asked=asked, kept=shares)
         for length in lengths
@@ -418,14 +419,6 @@ def _shape(model: str) -> ModelShape:
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"cannot read the configuration of the model {model!r}: {reason}") from None
-
-
-def _device(name: str) -> Device:
-    if name == HERE:
-        console = Console(stderr=True)
-        with console.status("measuring this machine") as status:
-            return calibrate(on_part=lambda part: status.update(f"measuring this machine: {part}"))
-    return Device.load(name) if Path(name).suffix == ".json" else Device.named(name)
 
 
 def _read_as(kind: type[Numeric], text: str, option: str, example: str) -> Numeric:
@@ -577,6 +570,7 @@ def inspect_prompt(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 24,
 ) -> None:
     """Writes a page that shows what was computed for a prompt, token by token and step by step."""
+    needed("jinja2", what="a page", extra="eval")
     from lazyllm.pages.inspection import record, save_inspection
 
     config = _config(preset, scorer, schedule, cache, sinks, recent)

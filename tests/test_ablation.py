@@ -29,6 +29,7 @@ from lazyllm import (
 from lazyllm.ablation import Axis, Draw, Span, Study
 from lazyllm.ablation.cells import changed
 from lazyllm.ablation.engine import StudyCallback, prepare
+from lazyllm.ablation.forecast import forecast
 from lazyllm.ablation.models import Shelf
 from lazyllm.ablation.plan import make_work
 from lazyllm.ablation.results import Results
@@ -36,6 +37,7 @@ from lazyllm.ablation.store import RESULTS, Store, read, read_lines, written
 from lazyllm.ablation.tables import export
 from lazyllm.ablation.trackers import MLflow, TensorBoard
 from lazyllm.ablation.units import Record
+from lazyllm.costs import Device
 from lazyllm.evaluation import data
 from lazyllm.evaluation.quality import judge
 from tests.studies import NotANumber, figures, load, short_items, small
@@ -152,6 +154,13 @@ def test_policies_may_be_objects_and_are_written_down_by_name():
     assert isinstance(cells_of(again)["scorer=a, schedule+cache=c"].scorer, NotANumber)
 
 
+def test_a_draw_leaves_the_axes_of_single_cells_whole():
+    cell = {"name": "late", "axes": [{"field": "protect.sinks", "values": [1, 2, 3]}]}
+    made = cells_of(small(axes=[RECENT], cells=[cell], combine={"random": 1}))
+    assert [name for name in made if name.startswith("late")] == [f"late, protect.sinks={sinks}" for sinks in (1, 2, 3)]
+    assert len(made) == 1 + 3
+
+
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3), asked=st.integers(1, 40), seed=st.integers(0, 5))
 def test_cells_are_a_product_and_a_draw_is_a_part_of_it(sizes, asked, seed):
     fields = ["protect.recent", "protect.sinks", "chunk"]
@@ -256,6 +265,10 @@ WRONG = {
     "too many cells": (
         {"axes": [{"field": f, "values": list(range(1, 400))} for f in ("chunk", "tokens")]},
         "more than",
+    ),
+    "a draw of whole numbers": (
+        {"axes": [{"field": "chunk", "random": {"low": 0.5, "high": 9, "whole": True}}]},
+        "whole numbers begin at one and go by one, not 0.5",
     ),
     "a name with a slash": ({"name": "a/b"}, "name"),
     "a name that is no folder": ({"name": ".."}, "name"),
@@ -627,6 +640,22 @@ def test_a_preview_counts_and_writes_nothing(finished, tmp_path):
     assert prepare(study, folder, load=load).groups == []
 
 
+def test_a_forecast_looks_at_each_model_once(tmp_path):
+    asked = []
+
+    def counting(ref):
+        asked.append(ref.model)
+        return load(ref)
+
+    study = small(axes=[RECENT, {"field": "model", "values": ["tiny", "tiny-2"]}])
+    preview = prepare(study, tmp_path / "none", load=counting)
+    planned = len(asked)
+    lines = list(forecast(preview, Device.named("h100-sxm")))
+    assert sorted(asked[planned:]) in (["tiny"], ["tiny", "tiny-2"])
+    assert [(line.known, line.todo) for line in lines] == [(0, 3)] * 6
+    assert all(line.flops for line in lines)
+
+
 def test_a_frame_has_a_row_per_unit(finished):
     folder, _, _ = finished
     frame = Results.load(folder).frame()
@@ -645,6 +674,15 @@ def test_a_frame_has_a_row_per_unit(finished):
     means = frame[frame.task == "records"].groupby("cell")["loss"].mean()
     lines = {line.contender: line for line in Results.load(folder).lines() if line.task == "records"}
     assert {cell: pytest.approx(line.loss) for cell, line in lines.items()} == means.to_dict()
+
+
+def test_an_axis_called_like_a_column_takes_nothing_away(tmp_path):
+    study = small(axes=[{**RECENT, "name": "task"}, {"field": "protect.sinks", "values": [1], "name": "loss"}])
+    rows = list(study.run(tmp_path, load=load).rows())
+    assert {row["task"] for row in rows} == {"records", "summary"}
+    assert {row["axis.task"] for row in rows} == {None, "4", "16"}
+    assert {row["axis.loss"] for row in rows} == {None, "1"}
+    assert all(isinstance(row["loss"], float) for row in rows)
 
 
 def test_results_are_written_in_every_format(finished, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lazyllm import InputError
+from lazyllm import InputError, LazyConfig
 from lazyllm.ablation import Study
 from lazyllm.ablation.trackers import MLflow, TensorBoard, tracker_named
 from lazyllm.cli import app
@@ -88,6 +88,23 @@ def test_an_evaluation_is_a_study(lazyllm, model):
     assert all(name in shown for name in ("stock", "random-drop", "streamingllm", "records", "table"))
     assert len(Path("out/eval/results.jsonl").read_text().splitlines()) == 2 * 3
     assert lazyllm("eval", "--preset", "random-drop,streamingllm", *options).stdout == shown
+
+
+def test_configurations_of_one_name_are_refused(lazyllm, model):
+    for folder in ("one", "other"):
+        Path(folder).mkdir()
+        LazyConfig.preset("random-drop").save(Path(folder, "mine.yaml"))
+    LazyConfig.preset("random-drop").save(Path("one", "dense.yaml"))
+    refused = lazyllm("eval", "--preset", "one/mine.yaml,other/mine.yaml", "--model", model, code=2)
+    assert "two configurations are called 'mine', 'one/mine.yaml' and 'other/mine.yaml'" in refused.stderr
+    options = ["--preset", "one/dense.yaml", "--model", model]
+    assert "two configurations are called 'dense'" in lazyllm("eval", "--tasks", "lm-eval:a", *options, code=2).stderr
+
+
+def test_a_preview_of_tasks_of_lm_eval_alone_shows_no_other(lazyllm, model):
+    told = lazyllm("eval", "--tasks", "lm-eval:niah_single_1", "--model", model, "--dry-run")
+    assert "not known before they run: niah_single_1" in told.stderr
+    assert told.stdout == ""
 
 
 def test_a_wrong_study_is_one_line(lazyllm):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lazyllm import EngineError
 from lazyllm.ablation.cells import ModelRef
-from lazyllm.ablation.dispatch import ATTEMPTS, MOST_DEATHS, CannotLoad, Died, Dispatcher, Finished
+from lazyllm.ablation.dispatch import ATTEMPTS, MOST_DEATHS, MOST_REFUSALS, CannotLoad, Died, Dispatcher, Finished
 from lazyllm.ablation.engine import StudyCallback
 from lazyllm.ablation.units import Group, Record, Unit
 from lazyllm.evaluation.tasks import Item
@@ -117,6 +117,16 @@ def test_a_model_that_nobody_can_load_fails_with_its_reason_and_the_others_go_on
         "0.0": "no room", "0.1": "no room", "1.0": "no room", "1.1": "no room", "2.0": None, "2.1": None
     }  # fmt: skip
     assert len(crew.hands) <= 2 * ATTEMPTS
+
+
+def test_a_model_that_can_be_loaded_no_more_fails_in_the_end():
+    crew = FakeCrew(lives=[1], unloadable=[("tiny", f"worker-{number}") for number in range(2, 100)])
+    records = list(Dispatcher(crew, 2).run([group(0, 3), group(1, 2, "other")]))
+    assert {record.address: record.error for record in records} == {
+        "0.0": None, "0.1": "no room", "0.2": "no room", "1.0": None, "1.1": None
+    }  # fmt: skip
+    assert len(crew.hands) <= 2 + MOST_REFUSALS
+    assert all(hand.dismissed for hand in crew.hands)
 
 
 def test_a_unit_that_kills_is_left_out_and_its_group_goes_on():

@@ -18,12 +18,13 @@ from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
 from lazyllm import ConfigError, InputError, LazyConfig, LazyPipeline, PromptMarks
+from lazyllm.ablation.lm_eval_tasks import family
 from lazyllm.cli import app
 from lazyllm.evaluation import harness_cli
 from lazyllm.evaluation.continuations import score_replies
 from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loading
 from lazyllm.evaluation.harness import LazyLM, marks_at_end
-from lazyllm.evaluation.harness_tasks import evaluate
+from lazyllm.evaluation.harness_tasks import HarnessItem, HarnessResult, evaluate
 from lazyllm.models.loading import load_model
 from lazyllm.prompts import EncodedPrompt
 from tests.tiny import tiny_model, word_tokenizer
@@ -551,6 +552,15 @@ def test_eval_compares_presets_on_tasks_of_lm_eval(task, tmp_path, only_ruler):
     assert [one["contender"] for one in written] == ["dense", "paper"]
     assert [len(one["items"]) for one in written] == [3, 3]
     assert written[1]["computed_fraction"] < 1 == written[0]["computed_fraction"]
+
+
+def test_a_metric_that_the_first_item_lacks_is_compared_too():
+    items = (HarnessItem(0, "", (), (), {"acc": 1.0}), HarnessItem(1, "", (), (), {"acc": 0.0, "exact": 1.0}))
+    results = [HarnessResult(name, "made", {}, {}, items, 1.0, 0.0) for name in ("dense", "paper")]
+    assert [(one.task, one.pairs, one.excluded) for one in family(results)] == [
+        ("made acc", 2, 0),
+        ("made exact", 1, 1),
+    ]
 
 
 def test_the_command_says_what_to_install(monkeypatch):

@@ -46,6 +46,14 @@ def test_every_cell_is_compared_with_the_unmodified_model_of_its_own_setting(res
     assert [one.adjusted_p_value for one in found] == holm([one.p_value for one in found])
 
 
+def test_cells_with_tasks_of_their_own_are_told_by_the_task_alone(tmp_path):
+    tasks = ["records(tokens=300)", "records(tokens=320)"]
+    study = small(axes=[{"field": "tasks", "values": tasks}], tasks={"records": 2})
+    found = comparisons(study.run(tmp_path, load=load), by="loss")
+    assert [(one.task, one.cell) for one in found] == [(task, f"tasks={task}") for task in tasks]
+    assert [one.excluded for one in found] == [0, 0]
+
+
 def test_tasks_without_a_score_are_no_part_of_the_family(results):
     found = comparisons(results)
     assert {one.task.partition(",")[0] for one in found} == {"records"}

@@ -1,5 +1,6 @@
 """Pictures of studies show the numbers of their lines, and refuse what a study does not have."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -76,6 +77,32 @@ def test_a_map_has_a_field_for_every_pair_of_labels(results: Results):
     assert wanted[0][0] < wanted[1][1]
 
 
+@pytest.mark.parametrize("kind", ["curves", "front", "map"])
+def test_a_task_without_the_measure_is_an_empty_panel(results: Results, kind):
+    options = {"map": {"x": "layer", "y": "keep"}}.get(kind, {"x": "computed_fraction", "by": "method"})
+    figure = draw(results, Picture(kind=kind, **options))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:2] == ["records", "summary"]
+    assert not figure.axes[1].containers
+    assert not figure.axes[1].lines
+    assert not figure.axes[1].texts
+
+
+def test_a_map_leaves_out_cells_that_lie_on_no_axis(results: Results):
+    cells = {name: replace(cell, labels={}) for name, cell in results.plan.cells.items()}
+    figure = draw(Results(replace(results.plan, cells=cells), results.records, results.items), Picture(kind="map"))
+    assert not any(axes.images for axes in figure.axes)
+
+
+def test_the_unmodified_model_is_a_line_only_where_there_is_one(results: Results, tmp_path):
+    picture = Picture(kind="curves", x="tokens", y="loss")
+    study = small(axes=[{"field": "tokens", "values": [300, 320]}], tasks={"records": 1})
+    several = draw(study.run(tmp_path, load=load), picture)
+    assert several.axes[0].get_lines()[0].get_label() != "unmodified"
+    one = draw(results, picture.model_copy(update={"x": "keep"}))
+    assert one.axes[0].get_lines()[0].get_label() == "unmodified"
+
+
 def test_growth_begins_with_the_prefill_and_never_falls(results: Results):
     figure = draw(results, Picture(kind="growth"))
     assert len(figure.axes) == 8
@@ -128,6 +155,8 @@ def test_a_study_without_results_has_nothing_to_draw(results: Results):
     for kind in ("curves", "growth"):
         with pytest.raises(InputError, match="no results to draw yet"):
             draw(empty, Picture(kind=kind, x="keep"))
+    with pytest.raises(InputError, match=r"^the study has no results to draw yet"):
+        save_picture(empty, Picture(x="keep"), "curves.png")
 
 
 def test_figures_stand_in_the_file_of_a_study():

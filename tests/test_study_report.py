@@ -1,5 +1,8 @@
 """The report of a study says what its results say."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 from typer.testing import CliRunner
 
@@ -61,6 +64,36 @@ def test_figures_are_drawn_with_the_ink_of_the_page_and_told_in_words(folder):
     assert "computed by the end" in second.text
 
 
+def test_items_of_each_setting_stand_beside_its_own_unmodified_model(tmp_path):
+    axes = [{"field": "model", "values": ["tiny", "tiny-2"]}]
+    study = small(axes=axes, tasks={"records": 2})
+    results = study.run(tmp_path, load=load)
+    data = report_data(results, study)
+    assert data.cells[0] == data.baseline == "stock"
+    assert [item.index for item in data.items] == [0, 1, 2, 3]
+    for name in ("tiny", "tiny-2"):
+        own = [item for item in data.items if f"model={name}" in item.replies]
+        assert [set(item.replies) for item in own] == [{"stock", f"stock, model={name}", f"model={name}"}] * 2
+        assert all(item.replies["stock"] == item.replies[f"stock, model={name}"] for item in own)
+
+
+def test_a_page_names_the_device_of_the_run_not_that_of_the_reader(folder):
+    results, study = Results.load(folder), Study.load(folder / STUDY)
+    cells = {
+        name: replace(cell, setting={**cell.setting, "device": "cuda"}) for name, cell in results.plan.cells.items()
+    }
+    elsewhere = Results(replace(results.plan, cells=cells), results.records, results.items)
+    assert report_data(elsewhere, study).conditions.startswith("tiny, float64, cuda, 300 tokens")
+
+
+def test_a_study_that_has_only_begun_has_a_page_without_figures(folder):
+    results, study = Results.load(folder), Study.load(folder / STUDY)
+    begun = Results(results.plan, [record for record in results.records if record.cell == "stock"], results.items)
+    data = report_data(begun, study)
+    assert {row.cell for row in data.rows} == {"stock"}
+    assert data.figures == []
+
+
 def test_the_command_writes_a_page_beside_the_folder(folder):
     done = CliRunner().invoke(app, ["report", str(folder)])
     assert done.exit_code == 0, done.output
@@ -75,6 +108,21 @@ def test_the_command_writes_a_page_beside_the_folder(folder):
     refused = CliRunner().invoke(app, ["report", str(folder.parent)])
     assert refused.exit_code == 2
     assert "holds no study" in refused.output
+
+
+def test_the_folder_may_be_where_one_is(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, ["report", "."])
+    assert done.exit_code == 0, done.output
+    assert folder.with_name("sizes.html").name in done.output
+
+
+@pytest.mark.parametrize("command", [["report", "."], ["inspect", "--model", "none", "--prompt", "a"]])
+def test_a_page_says_what_to_install(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2
+    assert "a page needs jinja2, which is not installed: pip install lazyllm-torch[eval]" in refused.output
 
 
 def test_figures_are_written_by_a_command_too(folder, tmp_path):

@@ -20,6 +20,7 @@ from lazyllm import (
     TokenBudget,
     Tuned,
 )
+from lazyllm.evaluation.digest import digest
 from lazyllm.models.fingerprint import fingerprint
 from lazyllm.policies.base import Phase
 from lazyllm.policies.schedules.tuned import Measured, TunedFile
@@ -68,6 +69,17 @@ def test_the_path_is_what_a_configuration_keeps(tmp_path):
     assert pipe.config == config
     assert pipe.config.to_dict()["schedule"] == {"name": "Tuned", "path": path}
     assert LazyConfig.from_text(pipe.config.to_json()) == config  # after the file was read, too
+
+
+def test_results_of_another_search_under_the_same_path_are_told_apart(tmp_path):
+    def found() -> str:
+        return digest(LazyConfig(scorer=Random(), schedule=PerPhase(Tuned(str(path)), Constant(1.0))))
+
+    path = tuned_file().save(tmp_path / "tuned.json")
+    before = found()
+    assert found() == before
+    tuned_file(schedule=Stages({2: 0.4})).save(path)
+    assert found() != before
 
 
 def test_a_file_is_read_when_it_is_needed_and_once(tmp_path):

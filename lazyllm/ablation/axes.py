@@ -99,6 +99,8 @@ class Draw(Value):
             raise ValueError(f"low must lie below high, got {self.low:g} and {self.high:g}")
         if self.log and self.low <= 0:
             raise ValueError(f"logarithms need numbers above 0, not {self.low:g}")
+        if self.whole and not (self.low.is_integer() and (self.step or 1.0).is_integer()):
+            raise ValueError(f"whole numbers begin at one and go by one, not {self.low:g} and {self.step or 1:g}")
         return self
 
     def numbers(self, rng: randomness.Random, count: int) -> list[float]:
@@ -233,8 +235,7 @@ def _collected(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _swept(text: str, over: Mapping[str, Span | Sequence[float]]) -> Iterator[tuple[dict[str, str], str]]:
     """Every combination of the numbers, by name, and the text that holds them."""
-    columns = [span.numbers() if isinstance(span, Span) else [_short(number) for number in span]
-               for span in over.values()]  # fmt: skip
+    columns = [span.numbers() if isinstance(span, Span) else list(map(_short, span)) for span in over.values()]
     for numbers in product(*columns):
         parts = {name: shown(number) for name, number in zip(over, numbers, strict=True)}
         filled = text

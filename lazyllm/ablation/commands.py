@@ -16,9 +16,8 @@ from rich.table import Table
 from lazyllm.ablation.extras import needed
 from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
-from lazyllm.console import errors_as_lines
-from lazyllm.costs import Device
-from lazyllm.costs.device import HERE
+from lazyllm.console import device_named, errors_as_lines
+from lazyllm.errors import InputError
 from lazyllm.evaluation.options import names_in
 
 if TYPE_CHECKING:
@@ -86,18 +85,19 @@ def evaluate(
 ) -> None:
     """Judges configurations beside the unmodified model: a study with a cell for each, then tasks of lm-eval."""
     own, foreign = _split(names_in(tasks))
-    presets = {Path(one).stem: one for one in names_in(preset)}
+    presets = _by_name(names_in(preset), ["dense"] if foreign else [])
     cells = [{"preset": one, "name": label} for label, one in presets.items()]
     study = Study(
         name=name, model=model, dtype=dtype, tasks=dict.fromkeys(own or ["needle"], items), tokens=tokens,
         question=question, seed=seed, cells=cells,
     )  # fmt: skip
-    if dry_run:
+    if own and dry_run:
         _preview(study, out, retry, device)
-        return
-    if own:
+    elif own:
         _run(study, out, workers, ray, retry, retime, [])
-    if foreign:
+    if foreign and dry_run:
+        typer.echo(f"what tasks of lm-eval cost is not known before they run: {', '.join(foreign)}", err=True)
+    elif foreign:
         _run_lm_eval(study, presets, foreign, items, out)
 
 
@@ -109,6 +109,20 @@ def _split(names: list[str]) -> tuple[list[str], list[str]]:
     """Tasks of this project, and those of lm-eval without their prefix."""
     foreign = [name.removeprefix(LM_EVAL) for name in names if name.startswith(LM_EVAL)]
     return [name for name in names if not name.startswith(LM_EVAL)], foreign
+
+
+def _by_name(presets: list[str], taken: list[str]) -> dict[str, str]:
+    """Presets by what their cells are called; files without folder and ending. Presets in `taken` keep their names.
+
+    Raises:
+        InputError: when two would be called the same.
+    """
+    named: dict[str, str] = {name: name for name in taken}
+    for preset in presets:
+        name = Path(preset).stem
+        if named.setdefault(name, preset) != preset:
+            raise InputError(f"two configurations are called {name!r}, {named[name]!r} and {preset!r}; rename a file")
+    return {Path(preset).stem: preset for preset in presets}
 
 
 def _run_lm_eval(study: Study, presets: dict[str, str], tasks: list[str], items: int, out: Path | None) -> None:
@@ -134,11 +148,13 @@ def report(
     items: Annotated[bool, typer.Option("--items/--no-items", help="Whether items and replies do.")] = True,
 ) -> None:
     """Writes a page of a study: table, figures, and every item with its replies."""
+    needed("jinja2", what="a page", extra="eval")
     from lazyllm.ablation.report import report_data
     from lazyllm.pages.report import report as write
 
     data = report_data(_results(folder), Study.load(folder / STUDY), items=items)
-    path = write(data, output or folder.with_name(f"{folder.resolve().name}.html"), prompts=prompts)
+    beside = folder if folder.name else folder.resolve()  # the folder may be "."
+    path = write(data, output or beside.with_name(f"{beside.resolve().name}.html"), prompts=prompts)
     typer.echo(f"written: {path}")
 
 
@@ -257,9 +273,7 @@ def _run(
     callbacks: list[StudyCallback] = [tracker_named(text) for text in track]
     with ExitStack() as stack:
         callbacks.append(stack.enter_context(ProgressLine(Console(stderr=True))))
-        results = study.run(
-            out, workers=workers, ray=ray, retry=retry, retime=retime, callbacks=callbacks
-        )  # fmt: skip
+        results = study.run(out, workers=workers, ray=ray, retry=retry, retime=retime, callbacks=callbacks)
     _show(results, folder_of(study, out))
 
 
@@ -304,13 +318,3 @@ def _costs(flops: float | None, seconds: float | None) -> tuple[str, str]:
     if flops is None or seconds is None:
         return "-", "-"
     return f"{flops / 1e12:,.1f}", f"{seconds:.2f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
-
-
-def device_named(name: str) -> Device:
-    """A device by name, from a file, or this machine, measured."""
-    if name == HERE:
-        from lazyllm.costs import calibrate
-
-        with Console(stderr=True).status("measuring this machine"):
-            return calibrate()
-    return Device.load(name) if Path(name).suffix == ".json" else Device.named(name)

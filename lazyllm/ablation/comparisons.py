@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,9 +97,8 @@ def _paired(cells: dict[str, dict[str, float | None]]) -> dict[str, Sequence[flo
     }
 
 
-def _shelf(results: Results, task: str, setting: object) -> str:
+def _shelf(results: Results, task: str, setting: Mapping[str, object]) -> str:
     """The task, with what tells its setting apart where there are several."""
-    stocks = [cell for cell in results.plan.cells.values() if cell.is_stock]
-    own = next(cell for cell in stocks if cell.setting == setting)
-    told = own.name.partition(", ")[2]
-    return f"{task}, {told}" if told else task
+    settings = [cell.setting for cell in results.plan.cells.values() if cell.is_stock]
+    varied = [name for name, value in setting.items() if any(other[name] != value for other in settings)]
+    return ", ".join([task, *(f"{name}={setting[name]}" for name in varied)])

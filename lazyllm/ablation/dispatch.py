@@ -17,6 +17,8 @@ ATTEMPTS = 3
 """How many workers may die of a unit, or fail to load a model."""
 MOST_DEATHS = 12
 """How many may die one after the other before the run is given up."""
+MOST_REFUSALS = 12
+"""How many may fail to load a model that another one has loaded, before it is given up."""
 
 
 class Executor(Protocol):
@@ -100,7 +102,8 @@ class Dispatcher:
     """An executor that keeps so many workers of a crew busy.
 
     A unit on which workers died `ATTEMPTS` times is recorded as failed, and the rest of its group goes on. A model that
-    so many workers could not load, and none could, fails with all its groups.
+    so many workers could not load, and none could, fails with all its groups; one that was loaded once, after
+    `MOST_REFUSALS` and when nobody at work may have it.
 
     Raises:
         EngineError: when workers die one after the other and nothing comes of any.
@@ -196,7 +199,9 @@ class Dispatcher:
         self._refused[ref][hand.name] = reason
         work.attempts -= 1
         self._waiting.appendleft(work)
-        if ref in self._loadable or len(self._refused[ref]) < ATTEMPTS:
+        if len(self._refused[ref]) < (MOST_REFUSALS if ref in self._loadable else ATTEMPTS):
+            return
+        if ref in self._loadable and self._busy.keys() - self._refused[ref].keys():
             return
         lost = [other.group for other in self._waiting if other.group.ref == ref]
         self._waiting = deque(other for other in self._waiting if other.group.ref != ref)

@@ -139,12 +139,11 @@ def draw(results: Results, picture: Picture) -> Figure:
     figure, panels = _panels(len(tasks), picture.title)
     for axes, task in zip(panels, tasks, strict=True):
         own = [(line, results.plan.cells[line.contender]) for line in lines if _panel_of(line) == task]
-        stock = next((line for line in results.lines() if _panel_of(line) == task and _is_stock(results, line)), None)
         axes.set_title(task)
         if picture.kind == "map":
             _draw_map(axes, picture, own)
         else:
-            _draw_curves(axes, picture, own, stock)
+            _draw_curves(axes, picture, own, _stock_of(results, task))
     return tidied(figure)
 
 
@@ -154,10 +153,10 @@ def save_picture(results: Results, picture: Picture, path: str | Path) -> Path:
     Raises:
         InputError: when there is nothing to draw, or the file cannot be written.
     """
-    path = Path(path)
+    path, figure = Path(path), draw(results, picture)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw(results, picture).savefig(path, dpi=DPI)
+        figure.savefig(path, dpi=DPI)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     return path
@@ -191,8 +190,12 @@ def in_words(results: Results, picture: Picture) -> str:
     return f"{shown.title[:1].upper()}{shown.title[1:]}. {'; '.join(told)}."
 
 
-def _is_stock(results: Results, line: Line) -> bool:
-    return results.plan.cells[line.contender].is_stock
+def _stock_of(results: Results, task: str) -> Line | None:
+    """The unmodified model's line in a panel; None where there are several, one for each setting."""
+    found = [
+        line for line in results.lines() if _panel_of(line) == task and results.plan.cells[line.contender].is_stock
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _panel_of(line: Line) -> str:
@@ -219,7 +222,9 @@ Cells = Sequence[tuple[Line, "CellFacts"]]
 
 def _draw_curves(axes: Any, picture: Picture, cells: Cells, stock: Line | None) -> None:
     measure = MEASURES[picture.y]
-    level = measure.neutral if measure.neutral is not None or stock is None else _value(measure.read(stock))
+    level = measure.neutral
+    if level is None and stock is not None:
+        level = _value(measure.read(stock))
     if level is not None:
         axes.axhline(level, color="0.5", linewidth=1, linestyle="--", label="unmodified")
     ticks = _ticks(picture.x, cells)
@@ -265,6 +270,8 @@ def _draw_front(axes: Any, picture: Picture, cells: Cells) -> None:
         for line, _ in cells
         if (one := _value(over.read(line))) is not None and (two := _value(up.read(line))) is not None
     ]
+    if not known:
+        return
     best = front(known, (over.is_better_high, up.is_better_high))
     axes.step(*zip(*best, strict=True), where="post", color="0.3", linewidth=1, alpha=0.7, label="front")
 
@@ -328,6 +335,8 @@ def number_in(label: str) -> float | None:
 def _draw_map(axes: Any, picture: Picture, cells: Cells) -> None:
     measure = MEASURES[picture.of]
     placed = [(line, cell) for line, cell in cells if picture.x in cell.labels and picture.y in cell.labels]
+    if not placed:
+        return
     columns, rows = (_in_order(cell.labels[name] for _, cell in placed) for name in (picture.x, picture.y))
     found: dict[tuple[int, int], list[float]] = {}
     for line, cell in placed:

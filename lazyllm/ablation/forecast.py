@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lazyllm.ablation.cells import Cell
+from lazyllm.ablation.cells import Cell, ModelRef
 from lazyllm.ablation.engine import Preview
 from lazyllm.config import LazyConfig
 from lazyllm.costs import Device, ModelShape, predict
@@ -35,22 +35,36 @@ class Forecast:
 def forecast(preview: Preview, device: Device) -> Iterator[Forecast]:
     """Every cell of a run that has not begun; prompts are taken to have the length they were asked to have."""
     done = {record.address for record in preview.records}
-    todo = [(unit.cell, group.item) for group in preview.groups for unit in group.units]
-    waiting = {unit.address for group in preview.groups for unit in group.units}
-    known = Counter(place.cell for place in preview.work.plan.places if place.address in done - waiting)
+    todo: defaultdict[str, list[Item]] = defaultdict(list)
+    for group in preview.groups:
+        for unit in group.units:
+            done.discard(unit.address)
+            todo[unit.cell].append(group.item)
+    known = Counter(place.cell for place in preview.work.plan.places if place.address in done)
+    shapes: dict[ModelRef, ModelShape | None] = {}
     for cell in preview.work.cells.values():
-        items = [item for name, item in todo if name == cell.name]
-        flops, seconds = _cost(preview, cell, items, device)
+        items, ref = todo[cell.name], cell.setting.ref
+        if items and ref not in shapes:  # only one model is held at a time
+            shapes[ref] = _shape(preview, ref)
+        flops, seconds = _cost(shapes.get(ref), cell, items, device)
         yield Forecast(cell.name, known[cell.name], len(items), flops, seconds)
 
 
-def _cost(preview: Preview, cell: Cell, items: list[Item], device: Device) -> tuple[float | None, float | None]:
+def _shape(preview: Preview, ref: ModelRef) -> ModelShape | None:
+    """None for a model whose costs are not known."""
+    try:
+        return ModelShape.of(preview.shelf.get(ref).model.config)
+    except UnsupportedModelError:
+        return None
+
+
+def _cost(
+    shape: ModelShape | None, cell: Cell, items: Sequence[Item], device: Device
+) -> tuple[float | None, float | None]:
     """Operations and seconds; every reply is written once and read once."""
     if not items:
         return 0.0, 0.0
-    try:
-        shape = ModelShape.of(preview.shelf.get(cell.setting.ref).model.config)
-    except UnsupportedModelError:
+    if shape is None:
         return None, None
     config = cell.config or LazyConfig.preset("dense")
     prediction = predict(shape, config, device, tokens=cell.setting.tokens)

@@ -63,11 +63,11 @@ def judged(
 def family(results: Sequence[HarnessResult]) -> list[Comparison]:
     """Every configuration against the unmodified model, metric by metric, as one family."""
     values: dict[str, dict[str, list[float | None]]] = {}
-    base = {result.task: result for result in results if result.contender == BASELINE}
+    base = {result.task: result.items for result in results if result.contender == BASELINE}
     for result in results:
-        for metric in base[result.task].items[0].metrics if base[result.task].items else ():
+        for metric in dict.fromkeys(metric for item in base[result.task] for metric in item.metrics):
             known = {item.doc_id: item.metrics.get(metric) for item in result.items}
-            own = [known.get(item.doc_id) for item in base[result.task].items]
+            own = [known.get(item.doc_id) for item in base[result.task]]
             values.setdefault(f"{result.task} {metric}", {})[result.contender] = own
     return compare_family(values, baseline=BASELINE)
 

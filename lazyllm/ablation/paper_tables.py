@@ -12,8 +12,7 @@ from lazyllm.evaluation.sections import Section, times
 from lazyllm.evaluation.statistics import median_effect
 
 if TYPE_CHECKING:
-    from lazyllm.ablation.plan import Place
-    from lazyllm.ablation.results import Results
+    from lazyllm.ablation.results import Pair, Results
 
 SCORES = "Scores and speedups of the first token, as in Table 1 of arXiv 2407.14057"
 WORK = "Prompt tokens computed by the end of the reply, and speedups of the whole reply, as in its Table 2"
@@ -46,14 +45,8 @@ class PaperRow:
 
 def paper_rows(results: Results) -> Iterator[PaperRow]:
     """Every cell on every task, the unmodified model first."""
-    shelves: dict[str, dict[str, list[Place]]] = {}
-    for place in results.plan.places:
-        shelves.setdefault(place.task, {}).setdefault(place.cell, []).append(place)
-    for task, cells in shelves.items():
-        for cell, places in cells.items():
-            pairs = [pair for place in places if (pair := results.pair(place)) is not None]
-            if pairs:
-                yield _row(task, cell, pairs)
+    for task, cell, pairs in results.pairs():
+        yield _row(task, cell, pairs)
 
 
 def paper_sections(results: Results) -> list[Section]:
@@ -67,7 +60,7 @@ def paper_sections(results: Results) -> list[Section]:
     ]
 
 
-def _row(task: str, cell: str, pairs: Sequence[tuple[Verdict, Verdict, bool]]) -> PaperRow:
+def _row(task: str, cell: str, pairs: Sequence[Pair]) -> PaperRow:
     scores = [own.score for own, _, _ in pairs if own.score is not None]
     timed = [(own, stock) for own, stock, is_timed in pairs if is_timed]
     firsts = [stock.ttft_seconds / own.ttft_seconds for own, stock in timed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,7 @@ from lazyllm.ablation.results import Results
 from lazyllm.ablation.study import Study
 from lazyllm.ablation.units import versions
 from lazyllm.evaluation.compare import Line
+from lazyllm.evaluation.quality import STOCK
 from lazyllm.pages.report import Column, Estimate, Figure, Item, Reply, ReportData, Row, Value
 
 EXTRA = {"won": "answers with a higher score than the unmodified model's", "lost": "answers with a lower one"}
@@ -27,14 +29,15 @@ def report_data(results: Results, study: Study, *, items: bool = True) -> Report
         items: whether items and replies go into it, besides what they come to.
     """
     lines, cells = results.lines(), results.plan.cells
+    can_draw = any(not cells[line.contender].is_stock for line in lines)
     return ReportData(
         title=study.name,
-        conditions=_conditions(study, lines),
+        conditions=_conditions(results, study, lines),
         axes=_axes(results),
         columns=_columns(),
         rows=[_row(line, cells[line.contender]) for line in lines],
-        baseline=next(cell.name for cell in cells.values() if cell.is_stock),
-        figures=[_figure(results, picture) for picture in study.figures] if lines else [],
+        baseline=STOCK,
+        figures=[_figure(results, picture) for picture in study.figures] if can_draw else [],
         items=list(_items(results)) if items else [],
         conclusions=study.conclusions,
         command=f"lazyllm ablate {study.name}.yaml",
@@ -57,12 +60,14 @@ def _figure(results: Results, picture: Picture) -> Figure:
     return Figure(picture.title or picture.kind, svg_of(results, picture), in_words(results, picture))
 
 
-def _conditions(study: Study, lines: list[Line]) -> str:
+def _conditions(results: Results, study: Study, lines: list[Line]) -> str:
     counts = sorted({line.items for line in lines}) or [0]
     items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     _, own, torch, transformers = versions()
+    devices = dict.fromkeys(str(cell.setting["device"]) for cell in results.plan.cells.values())
+    setting = replace(study.setting, ref=replace(study.setting.ref, device=" and ".join(devices)))
     return (
-        f"{study.setting}; {items} items with results per row, paired with the unmodified model's; 95 % intervals; "
+        f"{setting}; {items} items with results per row, paired with the unmodified model's; 95 % intervals; "
         f"lazyllm {own}, torch {torch}, transformers {transformers}."
     )
 
@@ -87,15 +92,17 @@ def _values(line: Line) -> dict[str, Value]:
 
 
 def _items(results: Results) -> Iterator[Item]:
-    """Every item once a task, with what each cell replied; where settings differ, each has items of its own."""
-    shelves: dict[tuple[str, str], list[Place]] = {}
+    """Every item once a task and setting, with what each cell replied, the unmodified model of that setting first."""
+    shelves: dict[tuple[str, str, str], list[Place]] = {}
     for place in results.plan.places:
-        shelves.setdefault((place.task, place.item), []).append(place)
+        shelves.setdefault((place.task, place.item, place.stock), []).append(place)
     numbers: dict[str, int] = {}
-    for (task, item), places in shelves.items():
+    for (task, item, _), places in shelves.items():
         numbers[task] = numbers.get(task, -1) + 1
         content = results.items.get(item, {})
-        replies = {place.cell: reply for place in places if (reply := _reply(results, place)) is not None}
+        named = [(STOCK, place) for place in places if place.address == place.stock][:1]
+        named += [(place.cell, place) for place in places]
+        replies = {name: reply for name, place in named if (reply := _reply(results, place)) is not None}
         yield Item(
             task=task,
             index=numbers[task],

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,13 @@ from lazyllm.evaluation.quality import Verdict
 if TYPE_CHECKING:
     import pandas
 
-LISTS = ("reference", "reply")
-"""Fields of a verdict that hold token ids."""
+VERDICT = tuple(field.name for field in fields(Verdict))
+WHERE = ("run", "worker", "host", "sequence")
+"""Fields of a record that say where it ran."""
+COLUMNS = {"cell", "task", "index", "state", "speedup", "error", "item", "address", *VERDICT, *WHERE}
+"""What a row of units holds beside axes and settings; axes of these names are called `axis.NAME` there."""
+Pair = tuple[Verdict, Verdict, bool]
+"""A verdict, the unmodified model's on the same item, and whether their times may be compared."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Results:
         record = self.record(place)
         return None if record is None or record.verdict is None else _verdict(record.verdict)
 
-    def pair(self, place: Place) -> tuple[Verdict, Verdict, bool] | None:
+    def pair(self, place: Place) -> Pair | None:
         """A verdict, the unmodified model's on the same item, and whether their times may be compared.
 
         They may where both ran in one worker of one run. None where a verdict is missing.
@@ -97,16 +103,20 @@ class Results:
             return None
         return _verdict(own[0].verdict), _verdict(stock[0].verdict), False
 
+    def pairs(self) -> Iterator[tuple[str, str, list[Pair]]]:
+        """Task, cell and what is paired of it, for every cell with results, task by task."""
+        for (task, cell), places in self._by_task_and_cell().items():
+            found = [pair for place in places if (pair := self.pair(place)) is not None]
+            if found:
+                yield task, cell, found
+
     def lines(self) -> list[Line]:
         """Every cell with results against the unmodified model, task by task."""
-        by_line = self._by_task_and_cell()
-        made = []
-        for (task, cell), places in by_line.items():
-            pairs = [pair for place in places if (pair := self.pair(place)) is not None]
-            if pairs:
-                mine, stock, timed = zip(*pairs, strict=True)
-                made.append(line_of(task, cell, mine, stock, timed))
-        return made
+        return list(self._lines)
+
+    @cached_property
+    def _lines(self) -> list[Line]:
+        return [line_of(task, cell, *zip(*pairs, strict=True)) for task, cell, pairs in self.pairs()]
 
     def status(self) -> list[Status]:
         """How far each cell is with each task."""
@@ -126,7 +136,6 @@ class Results:
     def rows(self) -> Iterator[dict[str, Any]]:
         """One mapping per unit: where it stands, what it ran under, what came of it."""
         axes = list(dict.fromkeys(axis for cell in self.plan.cells.values() for axis in cell.labels))
-        names = [field.name for field in fields(Verdict)]
         for place in self.plan.places:
             cell, record = self.plan.cells[place.cell], self.record(place)
             verdict = dict(record.verdict or {}) if record else {}
@@ -134,14 +143,14 @@ class Results:
                 "cell": place.cell,
                 "task": place.task,
                 "index": place.index,
-                **{axis: cell.labels.get(axis) for axis in axes},
+                **{f"axis.{axis}" if axis in COLUMNS else axis: cell.labels.get(axis) for axis in axes},
                 **{f"setting.{name}": value for name, value in cell.setting.items()},
                 "state": "missing" if record is None else "done" if record.is_done else "failed",
-                **dict.fromkeys(names),
+                **dict.fromkeys(VERDICT),
                 **verdict,
                 "speedup": self._speedup(place, cell),
                 "error": record.error if record else None,
-                **{name: getattr(record, name, None) for name in ("run", "worker", "host", "sequence")},
+                **{name: getattr(record, name, None) for name in WHERE},
                 "item": place.item,
                 "address": place.address,
             }
@@ -186,4 +195,4 @@ class Results:
 
 def _verdict(data: Mapping[str, Any]) -> Verdict:
     """The verdict with these fields; those it has never heard of are left out."""
-    return Verdict(**{field.name: data[field.name] for field in fields(Verdict) if field.name in data})
+    return Verdict(**{name: data[name] for name in VERDICT if name in data})

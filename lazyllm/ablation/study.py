@@ -78,7 +78,7 @@ class Study(Value):
         seed: of the items, of drawn values, and of the order in which cells are run.
         config: what the axes vary: a preset, a path, or a mapping of fields with an optional `preset`.
         axes: their product is run.
-        combine: "grid" for all of the product, or `{"random": 20}` for so many cells of it.
+        combine: "grid" for all of that product, or `{"random": 20}` for so many cells of it.
         cells: explicit ones, each a mapping of changes; with `axes` of its own it stands for their product, `labels`
             say where it lies on axes that it does not change, and `name` what it is called.
         figures: pictures of the results, for `lazyllm study figures` and the report.
@@ -170,7 +170,10 @@ class Study(Value):
 
     @cached_property
     def _made(self) -> tuple[Cell, ...]:
-        made = [*self._crossed(self.axes), *(cell for entry in self.cells for cell in self._explicit(entry))]
+        made = [
+            *self._crossed(self.axes, draws=True),
+            *(cell for entry in self.cells for cell in self._explicit(entry)),
+        ]
         if not made:
             made = [self._cell(self._own_name(), {}, {})]
         names = Counter(cell.name for cell in made)
@@ -234,27 +237,35 @@ class Study(Value):
         self,
         axes: Sequence[Axis],
         *,
+        draws: bool = False,
         name: str = "",
         changes: Mapping[str, Any] | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> Iterator[Cell]:
-        """The product of some axes; each cell has the changes and labels that are given too."""
+        """The product of some axes, or what is drawn of it; each cell has the changes and labels that are given too."""
         if not axes:
             return
         _check_axes(axes, changes or {})
-        columns = [axis.levels(self.seed) for axis in axes]
-        if (count := prod(map(len, columns))) > MOST_CELLS:
-            raise ConfigError(f"the axes give {count:,} cells, more than {MOST_CELLS:,}")
-        points: list[tuple[Level, ...]] = list(product(*columns))
-        if isinstance(self.combine, Drawn) and self.combine.random < len(points):
-            drawn = random.Random(f"{self.seed} cells").sample(range(len(points)), self.combine.random)
-            points = [points[index] for index in sorted(drawn)]
-        for point in points:
+        points = self._points(axes)
+        for point in self._drawn(points) if draws else points:
             own = {axis.title: level.label for axis, level in zip(axes, point, strict=True)}
             told = ", ".join([*([name] if name else []), *(f"{title}={label}" for title, label in own.items())])
             parts = {title: part for level in point for title, part in level.parts.items()}
             changed = {path: value for level in point for path, value in level.changes.items()}
             yield self._cell(told, {**(changes or {}), **changed}, {**(labels or {}), **own, **parts})
+
+    def _points(self, axes: Sequence[Axis]) -> list[tuple[Level, ...]]:
+        columns = [axis.levels(self.seed) for axis in axes]
+        if (count := prod(map(len, columns))) > MOST_CELLS:
+            raise ConfigError(f"the axes give {count:,} cells, more than {MOST_CELLS:,}")
+        return list(product(*columns))
+
+    def _drawn(self, points: list[tuple[Level, ...]]) -> list[tuple[Level, ...]]:
+        """As many as `combine` says, in their order."""
+        if not isinstance(self.combine, Drawn) or self.combine.random >= len(points):
+            return points
+        drawn = random.Random(f"{self.seed} cells").sample(range(len(points)), self.combine.random)
+        return [points[index] for index in sorted(drawn)]
 
     def _explicit(self, entry: Mapping[str, Any]) -> Iterator[Cell]:
         """The cells of an entry of `cells`."""

@@ -46,7 +46,7 @@ def table(lines: Sequence[Line], title: str) -> Table:
     from rich.table import Table
 
     view = Table(title=title, caption=CAPTION)
-    for column in ("task", "run"):
+    for column in ("task", "cell"):
         view.add_column(column, no_wrap=True)
     for column in COLUMNS:
         view.add_column(column, justify="right")
@@ -79,7 +79,7 @@ def cells(line: Line) -> list[str]:
 
 def markdown_of(lines: Sequence[Line]) -> str:
     """Lines in Markdown."""
-    head = ["task", "run", *COLUMNS]
+    head = ["task", "cell", *COLUMNS]
     rows = [[task, *cells(line)] for task, group in groups(lines) for line in group]
     shown = [[cell.replace("|", "\\|") for cell in row] for row in [head, ["---"] * len(head), *rows]]
     return "\n".join("| " + " | ".join(row) + " |" for row in shown) + "\n"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lazyllm.evaluation.compare import Line
 
 TRACKERS = ("mlflow", "tensorboard")
+MOST_RUNS = 50_000
+"""What MLflow gives at once."""
 
 
 class MLflow(StudyCallback):
@@ -37,8 +39,8 @@ class MLflow(StudyCallback):
         name = results.plan.name
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(name)
-        before = {run.data.tags.get("mlflow.runName"): run.info.run_id
-                  for run in self._client.search_runs([experiment], max_results=1000)}  # fmt: skip
+        known = self._client.search_runs([experiment], max_results=MOST_RUNS)
+        before = {run.data.tags.get("mlflow.runName"): run.info.run_id for run in known}
         for cell in results.plan.cells.values():
             run = before.get(cell.name)
             if run is None:

@@ -20,7 +20,7 @@ def digest(thing: Any, *, letters: int = 12) -> str:
 
 
 def _described(thing: Any) -> str:
-    """A value as text; of an object its class and, by name, the fields that differ from their default."""
+    """A value as text; of an object its class, the fields that differ from their default, and what is outside of it."""
     if isinstance(thing, Mapping):
         return "{" + ", ".join(sorted(f"{key!r}: {_described(value)}" for key, value in thing.items())) + "}"
     if isinstance(thing, (list, tuple)):
@@ -34,4 +34,5 @@ def _described(thing: Any) -> str:
         return repr(thing)
     told = {name: _described(getattr(thing, name)) for name in sorted(defaults)}
     own = [f"{name}={text}" for name, text in told.items() if text != _described(defaults[name])]
+    own += map(_described, getattr(thing, "outside", ()))
     return f"{type(thing).__name__}({', '.join(own)})"

@@ -114,14 +114,8 @@ def _draw_curve(axes: Any, method: str, points: Sequence[Line], colour: str) -> 
     timed = [(line.speedup.estimate, line.loss_change) for line in points if line.speedup is not None]
     timed.sort(key=lambda point: point[0])
     speedups, effects = [speedup for speedup, _ in timed], [effect for _, effect in timed]
-    reach = [
-        [effect.estimate - effect.low for effect in effects],
-        [effect.high - effect.estimate for effect in effects],
-    ]
-    changes = [effect.estimate for effect in effects]
-    axes.errorbar(
-        speedups, changes, yerr=reach, fmt="o-", markersize=4, linewidth=1.2, color=colour, capsize=2, label=method
-    )
+    style = {"fmt": "o-", "markersize": 4, "linewidth": 1.2, "color": colour, "capsize": 2, "label": method}
+    axes.errorbar(speedups, [effect.estimate for effect in effects], yerr=reach_of(effects), **style)
 
 
 def plot_recall(found: Sequence[Kept], path: str | Path) -> Path:

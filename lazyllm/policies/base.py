@@ -68,6 +68,11 @@ class Policy(Value):
         for part in policies_in([getattr(self, name) for name in type(self).model_fields]):
             part.check_model(model, tokenizer)
 
+    @property
+    def outside(self) -> tuple[Value, ...]:
+        """What it depends on besides its fields, such as the content of a file; nothing unless overridden."""
+        return ()
+
     @classmethod
     def summary(cls) -> str:
         """First line of the policy's docstring."""

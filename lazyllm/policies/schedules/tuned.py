@@ -115,6 +115,11 @@ class Tuned(Schedule):
         """
         return TunedFile.load(self.path)
 
+    @property
+    def outside(self) -> tuple[Value, ...]:
+        """The file, which another search may have written anew."""
+        return (self.file,)
+
     def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Refuses a model with other weights than the one the schedule was found for."""
         if (found := fingerprint(model)) != self.file.fingerprint:
