@@ -231,3 +231,24 @@ class TokenTrace(Callback):
         else:
             raise InputError(f"a token trace is saved as .json or .npz, not {path.name!r}")
         return path
+
+
+class PrefillShare(Callback):
+    """Counts the layer-tokens that prefills compute, and those they would without pruning."""
+
+    def __init__(self) -> None:
+        self.computed = self.dense = 0
+
+    def on_prefill_start(self, event: PrefillStart) -> None:
+        """Counts what there is."""
+        self.dense += event.layers * sum(event.new_tokens)
+
+    def on_layer_end(self, event: LayerEnd) -> None:
+        """Counts what is computed."""
+        if event.is_prefill:
+            self.computed += sum(row.computed.numel() for row in event.rows)
+
+    @property
+    def fraction(self) -> float:
+        """Computed of dense; 1 before the first prefill."""
+        return self.computed / self.dense if self.dense else 1.0

@@ -366,6 +366,20 @@ def test_the_unmodified_model_goes_first_and_gives_the_reference(tmp_path):
     assert len({record.place for record in records}) == 1
 
 
+@pytest.mark.parametrize("retime", [False, True])
+def test_losses_are_compared_along_the_reply_that_is_known(tmp_path, retime):
+    study = small(axes=[RECENT], tasks={"summary": 1})
+    known = {record.cell: record for record in study.run(tmp_path, load=load).records}
+    other = [1, 2, 3]  # as another machine might have replied
+    assert known["stock"].verdict["reply"] != other
+    said = replace(known["stock"], verdict={**known["stock"].verdict, "reply": other, "reference": other})
+    (tmp_path / RESULTS).write_bytes(written(vars(said)))
+    results = study.run(tmp_path, load=load, retime=retime)
+    pairs = [results.pair(place) for place in results.plan.places]
+    assert [(own.reference, stock.reference) for own, stock, _ in pairs] == [(other, other)] * 3
+    assert [timed for _, _, timed in pairs] == [True, retime, retime]
+
+
 def test_each_model_and_setting_has_its_own_unmodified_model(tmp_path):
     study = small(axes=[{"field": "model", "values": ["tiny", "tiny-2"]}, {"field": "tokens", "values": [300, 400]}])
     results = study.run(tmp_path, load=load)

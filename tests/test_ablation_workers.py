@@ -36,8 +36,10 @@ class FakeHand:
     def __init__(self, crew, name: str) -> None:
         self.crew, self.name, self.dismissed = crew, name, False
         self.saying: deque = deque()
+        self.given: list[Group] = []
 
     def give(self, given: Group) -> None:
+        self.given.append(given)
         assert not self.dismissed
         assert not self.saying, "it was busy"
         if (given.ref.model, self.name) in self.crew.unloadable or given.ref.model == "nowhere":
@@ -135,6 +137,12 @@ def test_a_unit_that_kills_is_left_out_and_its_group_goes_on():
     assert errors.pop("0.1") == f"signal 9, {ATTEMPTS} times"
     assert len(records) == 6
     assert set(errors.values()) == {None}
+
+
+def test_a_group_that_is_given_out_again_knows_the_reply_that_it_is_compared_with():
+    crew = FakeCrew(lives=[2])
+    list(Dispatcher(crew, 1).run([group(0, 3)]))
+    assert [given.reply for hand in crew.hands for given in hand.given] == [(), (1,)]
 
 
 def test_workers_that_die_of_everything_end_the_run():

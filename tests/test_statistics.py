@@ -241,6 +241,14 @@ def test_a_family_says_what_is_known_and_what_is_not():
     assert json.dumps([row.to_dict() for row in rows.values()])
 
 
+@pytest.mark.parametrize(("differing", "warned"), [(0, True), (7, True), (8, False)])
+def test_graded_values_of_which_hardly_any_differ_draw_a_warning(differing, warned):
+    graded = [0.25, 0.5, 0.75, 1.0] * 10
+    cell = [*(value - 0.25 for value in graded[:differing]), *graded[differing:]]
+    (row,) = compare_family({"needles": {"dense": graded, "cell": cell}}, baseline="dense")
+    assert any(text.startswith(f"{differing} of 40 pairs differ") for text in row.warnings) == warned
+
+
 def test_of_losses_the_lower_ones_are_better():
     rng = np.random.default_rng(0)
     losses = rng.exponential(size=60)

@@ -137,14 +137,15 @@ class Work:
         rng.shuffle(units)
         units.sort(key=lambda unit: unit.address != stock)
         one = next(iter(places.values()))
-        done = known is not None and known.verdict is not None
+        item, verdict = self.items[one.item], None if known is None else known.verdict
         return Group(
             ref=self.cells[one.cell].setting.ref,
-            item=self.items[one.item],
+            item=item,
             digest=one.item,
             units=tuple(units),
             stock=stock,
-            retimes=retime and done,
+            retimes=retime and verdict is not None,
+            reply=() if verdict is None or item.reference else tuple(verdict["reference"]),
         )
 
 

@@ -93,6 +93,8 @@ class Group:
         units: what is missing.
         stock: address of the unmodified model's unit.
         retimes: whether the unmodified model runs again for its times, though its result is known.
+        reply: what the unmodified model replied before, where that is the reference: another machine might say
+            something else, and losses are compared along the same tokens.
     """
 
     ref: ModelRef
@@ -101,11 +103,15 @@ class Group:
     units: tuple[Unit, ...]
     stock: str
     retimes: bool = False
+    reply: tuple[int, ...] = ()
 
     def after(self, record: Record) -> Group:
         """What is left once a unit's result is there."""
         left = tuple(unit for unit in self.units if unit.address != record.address)
-        return replace(self, units=left, retimes=self.retimes and record.address != self.stock)
+        is_stock, reply = record.address == self.stock, self.reply
+        if is_stock and record.verdict is not None and not (reply or self.item.reference):
+            reply = tuple(record.verdict["reply"])
+        return replace(self, units=left, retimes=self.retimes and not is_stock, reply=reply)
 
     def failed(self, unit: Unit, reason: str, run: str, worker: str) -> Record:
         """The record of a unit that never ran."""

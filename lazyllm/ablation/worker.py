@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any
@@ -43,9 +43,9 @@ class _Dense:
         self._run: DenseRun | None = None
         self._failure: str | None = None
 
-    def judged(self) -> Verdict:
-        """The verdict on it; its run is kept."""
-        verdict, self._run = judge_and_run(self.stock, self.item)
+    def judged(self, reference: Sequence[int] | None) -> Verdict:
+        """The verdict on it, given the tokens to force where they are not its own; its run is kept."""
+        verdict, self._run = judge_and_run(self.stock, self.item, reference=reference)
         return verdict
 
     def run(self, *, is_needed: bool) -> DenseRun | None:
@@ -100,17 +100,19 @@ class Worker:
             next(self._sequence),
         )  # fmt: skip
         try:
-            return replace(begun, verdict=self._judged(loaded, group.item, unit, dense))
+            return replace(begun, verdict=self._judged(loaded, group, unit, dense))
         except Exception as error:  # a failing unit is a result, and the others go on
             return replace(begun, error=_told(error))
 
-    def _judged(self, loaded: Loaded, item: Item, unit: Unit, dense: _Dense) -> dict[str, Any]:
+    def _judged(self, loaded: Loaded, group: Group, unit: Unit, dense: _Dense) -> dict[str, Any]:
         """The verdict as plain data."""
+        item, reference = group.item, list(group.reply) or None
         if unit.config is None:
-            verdict = asdict(dense.judged())
+            verdict = asdict(dense.judged(reference))
         else:
-            run = dense.run(is_needed=not item.reference)
-            reference = None if item.reference or run is None else run.reply
+            run = dense.run(is_needed=not (item.reference or reference))
+            if run is not None and not item.reference:
+                reference = reference or run.reply
             verdict = asdict(judge(self._contender(loaded, unit.config), item, reference=reference, dense=run))
         if not math.isfinite(verdict["loss"]):
             raise InputError(f"the loss of the reference is {verdict['loss']}")

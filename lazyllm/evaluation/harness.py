@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from lazyllm.caches import DenseCache
 from lazyllm.caches.row import PromptMarks
-from lazyllm.callbacks import Callback, LayerEnd, PrefillStart
+from lazyllm.callbacks import PrefillShare
 from lazyllm.config import LazyConfig
 from lazyllm.errors import ConfigError, InputError, LazyLLMError, unknown
 from lazyllm.evaluation.continuations import score_replies
@@ -52,27 +52,6 @@ OWN = ("batch_size", "max_length", "truncate", "rolling_block")
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 """A log-likelihood request: its texts (None in a rolling one), the tokens of its context and of its continuation."""
 Item = TypeVar("Item")
-
-
-class PrefillShare(Callback):
-    """Counts the layer-tokens that prefills compute, and those they would without pruning."""
-
-    def __init__(self) -> None:
-        self.computed = self.dense = 0
-
-    def on_prefill_start(self, event: PrefillStart) -> None:
-        """Counts what there is."""
-        self.dense += event.layers * sum(event.new_tokens)
-
-    def on_layer_end(self, event: LayerEnd) -> None:
-        """Counts what is computed."""
-        if event.is_prefill:
-            self.computed += sum(row.computed.numel() for row in event.rows)
-
-    @property
-    def fraction(self) -> float:
-        """Computed of dense; 1 before the first prefill."""
-        return self.computed / self.dense if self.dense else 1.0
 
 
 @register_model(MODEL_NAME)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lazyllm.caches import LazyCache
 from lazyllm.caches.row import PromptMarks
-from lazyllm.callbacks import Callback, LayerEnd
+from lazyllm.callbacks import Callback, LayerEnd, PrefillShare
 from lazyllm.errors import InputError
 from lazyllm.evaluation.fidelity import divergence, token_agreement, top1_agreement
 from lazyllm.evaluation.metrics import rouge_l
@@ -154,9 +154,9 @@ class Contender:
         self.pipe, self.name, self.is_stock = pipe, name, is_stock
 
     @contextmanager
-    def running(self, encoded: EncodedPrompt) -> Iterator[tuple[Any, Any, _Computed]]:
+    def running(self, encoded: EncodedPrompt) -> Iterator[tuple[Any, Any, PrefillShare]]:
         """The model as it runs, an empty cache for it, and a counter of what it computes."""
-        counter = _Computed()
+        counter = PrefillShare()
         if self.is_stock:
             yield self.pipe.model, DynamicCache(config=self.pipe.model.config), counter
             return
@@ -292,8 +292,7 @@ def _at_the_reply(contender: Contender, item: Item) -> Iterator[_Start]:
         logits = _first_logits(model, cache, encoded)
         int(logits.argmax())  # waits for the device
         ttft = time.perf_counter() - started
-        share = counter.share(len(encoded.token_ids))
-        start = _Start(model, cache, tokenizer, logits, ttft, share, _recall(pipe, item, cache))
+        start = _Start(model, cache, tokenizer, logits, ttft, counter.fraction, _recall(pipe, item, cache))
         if item.follow_up:
             start = _second_turn(contender, start, encoded, item)
         if item.said:
@@ -356,23 +355,6 @@ def _turn(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[list[int], tu
     asked = tokens_touching((left, left + len(item.follow_up)), encoded["offset_mapping"])
     assert asked is not None, "a question has tokens"
     return list(encoded["input_ids"]), asked
-
-
-class _Computed(Callback):
-    """Counts the layer-tokens of the first step."""
-
-    def __init__(self) -> None:
-        self.tokens = self.layers = 0
-
-    def on_layer_end(self, event: LayerEnd) -> None:
-        """Counts one layer."""
-        if event.is_prefill:
-            self.layers = event.layers
-            self.tokens += sum(row.computed.numel() for row in event.rows)
-
-    def share(self, tokens: int) -> float:
-        """Of all layer-tokens of a prompt; 1 when nothing was counted, as for the unmodified model."""
-        return self.tokens / (self.layers * tokens) if self.layers else 1.0
 
 
 def _reference(tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:

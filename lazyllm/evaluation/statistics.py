@@ -25,6 +25,8 @@ MARGIN = 0.02
 """What counts as no worse: two points of a score."""
 FEW = 20
 """Below so many pairs a comparison says little, whatever it says."""
+FEW_DIFFERING = 8
+"""Below so many pairs that differ, intervals of graded values cover less than they should."""
 RESAMPLES = 999
 EXACT_SIGNS = 13
 """Up to so many differences all patterns of signs are tried, above it `FLIPS` random ones."""
@@ -372,6 +374,9 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
         yield f"{excluded} of {pairs + excluded} pairs left out: a value is missing"
     if pairs < FEW:
         yield f"{pairs} pairs are too few to say anything; take {FEW} at least"
+    differing = int((mine != theirs).sum())
+    if pairs and differing < FEW_DIFFERING and not is_binary(mine, theirs):
+        yield f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values is too short"
     if pairs > 1 and detectable > margin > 0:
         yield (
             f"{pairs} pairs find differences from {detectable:.2g} on, not the margin of {margin:.2g}; "
