@@ -347,6 +347,40 @@ def test_other_versions_have_other_addresses(name, monkeypatch):
     assert before == addresses()
 
 
+def template(model, tokenizer) -> None:
+    tokenizer.chat_template += " "
+
+
+def vocabulary(model, tokenizer) -> None:
+    tokenizer.add_tokens(["new"])
+
+
+def positions(model, tokenizer) -> None:
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 1e5}
+
+
+def kernel(model, tokenizer) -> None:
+    model.set_attn_implementation("eager")
+
+
+def end(model, tokenizer) -> None:
+    model.generation_config.eos_token_id = 7
+
+
+@pytest.mark.parametrize("change", [template, vocabulary, positions, kernel, end])
+def test_whatever_else_a_result_depends_on_is_part_of_its_address(change):
+    def changed_load(ref):
+        model, tokenizer = load(ref)
+        change(model, tokenizer)
+        return model, tokenizer
+
+    def found(how) -> set[str]:
+        return {place.address for place in make_work(small(), Shelf(how)).plan.places}
+
+    assert found(load) == found(load)
+    assert not found(load) & found(changed_load)
+
+
 def test_another_configuration_leaves_the_unmodified_models_addresses():
     both = addresses() & addresses(config={"scorer": "Random", "schedule": "Constant(0.5, start=1)"})
     assert both == {place.stock for place in make_work(small(), Shelf(load)).plan.places}
