@@ -381,6 +381,15 @@ def test_whatever_else_a_result_depends_on_is_part_of_its_address(change):
     assert not found(load) & found(changed_load)
 
 
+def test_an_item_that_is_drawn_twice_counts_once(tmp_path):
+    path = tmp_path / "items.jsonl"
+    lines = [{"prompt": text, "answers": ["to"]} for text in ("name city age", "age city name", "name city age")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    results = small(tasks={f"file:{path}": 3}).run(tmp_path / "out", load=load)
+    assert [line.items for line in results.lines()] == [2, 2]
+    assert any("has 2 different items for seed 0, not 3: an item counts once" in told for told in results.notices)
+
+
 def test_another_configuration_leaves_the_unmodified_models_addresses():
     both = addresses() & addresses(config={"scorer": "Random", "schedule": "Constant(0.5, start=1)"})
     assert both == {place.stock for place in make_work(small(), Shelf(load)).plan.places}

@@ -163,11 +163,11 @@ def save_picture(results: Results, picture: Picture, path: str | Path) -> Path:
 
 
 def svg_of(results: Results, picture: Picture) -> str:
-    """The picture as an `svg` element for a page, the same text every time."""
+    """The picture without its title as an `svg` element for a page, the same text every time."""
     from lazyllm.pages.drawing import inline_svg, page_style
 
     with page_style():
-        figure = draw(results, picture)
+        figure = draw(results, picture.model_copy(update={"title": ""}))
     return inline_svg(figure)
 
 

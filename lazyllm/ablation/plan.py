@@ -169,12 +169,14 @@ def make_work(study: Study, shelf: Shelf) -> Work:
     cells = [*stock_cells(own), *own]
     places: list[Place] = []
     items: dict[str, Item] = {}
+    notices: dict[str, None] = dict.fromkeys(study.notices())
     for ref in dict.fromkeys(cell.setting.ref for cell in cells):
         maker = _Addresses(shelf.get(ref))
         for cell in (cell for cell in cells if cell.setting.ref == ref):
             places += maker.places(cell, items)
+        notices |= maker.notices
     return Work(
-        Plan(study.name, {cell.name: _facts(cell) for cell in cells}, places, study.notices()),
+        Plan(study.name, {cell.name: _facts(cell) for cell in cells}, places, list(notices)),
         {cell.name: cell for cell in cells},
         items,
     )
@@ -191,6 +193,7 @@ class _Addresses:
     def __init__(self, loaded: Loaded) -> None:
         self._loaded, self._identity = loaded, loaded.identity
         self._made: dict[tuple[Any, ...], list[tuple[str, Item]]] = {}
+        self.notices: dict[str, None] = {}
 
     def places(self, cell: Cell, items: dict[str, Item]) -> Iterator[Place]:
         """The units of a cell; their items are added to `items`."""
@@ -214,5 +217,9 @@ class _Addresses:
         if key not in self._made:
             maker = Maker(self._loaded.tokenizer, setting.tokens, LAYOUTS[setting.question])
             made = make_items(task, maker, count, seed=setting.seed)
-            self._made[key] = [(digest(item, letters=16), item) for item in made]
+            different = {digest(item, letters=16): item for item in made}
+            if len(different) < count:
+                told = f"{task} has {len(different)} different items for seed {setting.seed}, not {count}"
+                self.notices[f"{told}: an item counts once"] = None
+            self._made[key] = list(different.items())
         return self._made[key]
