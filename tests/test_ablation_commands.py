@@ -173,3 +173,12 @@ def test_tensorboard_gets_a_folder_per_cell(tmp_path):
 def test_an_unknown_tracker_is_refused():
     with pytest.raises(InputError, match=r"'mlflw'.*Did you mean 'mlflow'"):
         tracker_named("mlflw:here")
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("studies/*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_that_come_with_the_project_can_be_run(path):
+    study = Study.load(path)
+    assert study.name == path.stem
+    assert study.figures
+    assert len(study.all_cells()) > 1
+    assert study.notices() == []
