@@ -60,7 +60,7 @@ def test_figures_are_drawn_with_the_ink_of_the_page_and_told_in_words(folder):
     assert first.title == "Loss"
     assert first.svg.startswith("<svg")
     assert "currentColor" in first.svg
-    assert "swept, schedule=0.2: " in first.text
+    assert "records, swept, schedule=0.2 " in first.text
     assert "computed by the end" in second.text
 
 

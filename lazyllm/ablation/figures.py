@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PANEL = (4.8, 3.8)
 """Inches of one panel."""
 MARKERS = "osD^vPX*"
+MOST_TOLD = 12
+"""Cells that a picture is told with in words; of more the least and the most."""
 
 
 @dataclass(frozen=True)
@@ -182,12 +184,20 @@ def in_words(results: Results, picture: Picture) -> str:
             + "."
         )
     shown = MEASURES[picture.of if picture.kind == "map" else picture.y]
-    told = [
-        f"{line.task}, {line.contender}: {shown.form.format(value)}"
+    known = [
+        (f"{line.task}, {line.contender}", value)
         for line in results.lines()
-        if (value := _value(shown.read(line))) is not None
+        if not results.plan.cells[line.contender].is_stock and (value := _value(shown.read(line))) is not None
     ]
-    return f"{shown.title[:1].upper()}{shown.title[1:]}. {'; '.join(told)}."
+    if is_short := len(known) > MOST_TOLD:
+        known = [min(known, key=_number_of), max(known, key=_number_of)]
+    told = "; ".join(f"{place} {shown.form.format(value)}" for place, value in known)
+    what = f"{shown.title[:1].upper()}{shown.title[1:]}"
+    return f"{what}{', from least to most' if is_short else ''}: {told}."
+
+
+def _number_of(told: tuple[str, float]) -> float:
+    return told[1]
 
 
 def _stock_of(results: Results, task: str) -> Line | None:
@@ -241,8 +251,20 @@ def _draw_curves(axes: Any, picture: Picture, cells: Cells, stock: Line | None) 
         axes.tick_params(axis="x", which="both", labelsize=7)
     elif ticks is not None:
         axes.set_xticks(list(ticks.values()), list(ticks), rotation=20, ha="right", fontsize=7)
+    _keep_to_estimates(axes, [effect for line, _ in cells if (effect := measure.read(line)) is not None])
     if axes.get_legend_handles_labels()[0]:  # a task without this measure has nothing to name
         axes.legend(loc="best", fontsize=7)
+
+
+def _keep_to_estimates(axes: Any, effects: Sequence[Effect]) -> None:
+    """Cuts intervals that reach far further than most, as those of few items do, so that the estimates can be told."""
+    if len(effects) < 2:
+        return
+    values = [effect.estimate for effect in effects]
+    span = max(max(values) - min(values), median(effect.high - effect.low for effect in effects))
+    low, high = axes.get_ylim()
+    if span > 0:
+        axes.set_ylim(max(low, min(values) - span), min(high, max(values) + span))
 
 
 def _draw_curve(
