@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +20,8 @@ from lazyllm.policies.query import AUTO_TOKENS, Query, TokenRange, Unit
 
 Message = Mapping[str, Any]
 Prompt = Any
-"""A string, token ids (list or 1-D tensor), or a list of chat messages; or a list of these for a batch."""
+"""A string, token ids (list or 1-D tensor), a list of chat messages, or what `pipe.encode` gave; or a list of these for
+a batch."""
 
 CharRange = tuple[int, int]
 
@@ -156,11 +158,13 @@ def check_not_blank(text: str, name: str) -> str:
 def encode(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, protect: Protect, query: Query | None
 ) -> EncodedPrompt:
-    """Tokenises one prompt, and finds its protected spans and its query.
+    """Tokenises one prompt, and finds its protected spans and its query; one that is encoded stays as it is.
 
     Raises:
         InputError: for an empty prompt, one of no known kind, text without a tokenizer, an absent span or query.
     """
+    if isinstance(prompt, EncodedPrompt):
+        return prompt
     if isinstance(prompt, (str, Sequence)) and not len(prompt):
         raise InputError(f"the prompt is empty ({prompt!r}); give at least one token")
     if isinstance(prompt, Tensor) or (isinstance(prompt, Sequence) and isinstance(prompt[0], int)):
@@ -185,6 +189,53 @@ def encode_chat_text(
     return _marked(_read(text, messages, tokenizer), protect, query)
 
 
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> EncodedPrompt:
+    """Tokenises a text as it stands, of which nothing is marked.
+
+    Args:
+        text: the text.
+        tokenizer: of the model.
+        special_tokens: whether the tokenizer adds those that begin a prompt.
+    """
+    token_ids, offsets = _token_ids(text, tokenizer, special_tokens=special_tokens)
+    return EncodedPrompt(token_ids, PromptMarks(), text, offsets)
+
+
+def join_encoded(pieces: Sequence[EncodedPrompt]) -> EncodedPrompt:
+    """Pieces of a text that were tokenised by themselves, one behind the other; nothing is marked."""
+    token_ids: list[int] = []
+    offsets: list[CharRange] = []
+    text = ""
+    for piece in pieces:
+        token_ids += piece.token_ids
+        offsets += [(start + len(text), stop + len(text)) for start, stop in piece.offsets]
+        text += piece.text or ""
+    return EncodedPrompt(token_ids, PromptMarks(), text, offsets)
+
+
+def mark(
+    prompt: EncodedPrompt,
+    protect: Protect,
+    query: Query | None,
+    *,
+    system: Sequence[CharRange] = (),
+    user: CharRange | None = None,
+) -> EncodedPrompt:
+    """The prompt with its protected spans and its query found anew.
+
+    Args:
+        prompt: a text and its tokens.
+        protect: what is protected.
+        query: what is asked.
+        system: characters of the system messages.
+        user: characters of the last user turn, None outside of chats.
+
+    Raises:
+        InputError: for an absent span or query.
+    """
+    return _marked(_Text(prompt.text, prompt.token_ids, list(prompt.offsets), tuple(system), user), protect, query)
+
+
 def _marked(known: _Text, protect: Protect, query: Query | None) -> EncodedPrompt:
     """The prompt with its protected spans and its query."""
     protected = [_range("protected", span, known) for span in protect.spans]
@@ -207,10 +258,8 @@ def _tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> _Text:
     if isinstance(prompt, str):
         text = prompt
     elif isinstance(prompt, Sequence) and all(isinstance(part, Mapping) and "role" in part for part in prompt):
-        if tokenizer.chat_template is None:
-            raise InputError("the tokenizer has no chat template; give the prompt as text")
         messages = list(prompt)
-        text = str(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True))
+        text = render(messages, tokenizer)
     else:
         raise InputError(
             "a prompt is a string, a list of token ids or a list of chat messages with a 'role', "
@@ -219,12 +268,34 @@ def _tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> _Text:
     return _read(text, messages, tokenizer)
 
 
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the tokenizer's chat template makes of messages, up to where the reply begins.
+
+    Raises:
+        InputError: when there is no template, or it fails.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template; give the prompt as text")
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"the chat template fails for these messages: {error}") from error
+
+
 def _read(text: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> _Text:
     """A text, tokenised; the template that made it of `messages`, if any, has put the special tokens in."""
-    with_offsets = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(text, add_special_tokens=not messages, return_offsets_mapping=with_offsets, verbose=False)
+    token_ids, offsets = _token_ids(text, tokenizer, special_tokens=not messages)
     system, user = _turns(text, messages)
-    return _Text(text, encoded["input_ids"], encoded["offset_mapping"] if with_offsets else [], system, user)
+    return _Text(text, token_ids, offsets, system, user)
+
+
+def _token_ids(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool
+) -> tuple[list[int], list[CharRange]]:
+    """Tokens of a text, and the characters of each, if the tokenizer tells."""
+    with_offsets = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=with_offsets, verbose=False)
+    return encoded["input_ids"], encoded["offset_mapping"] if with_offsets else []
 
 
 def _turns(text: str, messages: Sequence[Message]) -> tuple[tuple[CharRange, ...], CharRange | None]:

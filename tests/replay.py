@@ -133,6 +133,8 @@ def replay(
         mask = torch.eye(length, dtype=torch.bool)
         before = latest.clone()
         for number, step in enumerate(steps):
+            if layer >= len(step):  # all tokens wait
+                continue
             trace = step[layer].rows[row]
             latest[trace.computed] = number
             for token in trace.computed.tolist():

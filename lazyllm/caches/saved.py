@@ -30,7 +30,7 @@ from lazyllm.errors import CacheError
 from lazyllm.models.fingerprint import fingerprint
 from lazyllm.policies.base import explain
 
-VERSION = 1
+VERSION = 2
 DOCUMENT, DIGEST = "lazyllm_cache", "lazyllm_digest"
 """Keys of the file's metadata."""
 
@@ -63,6 +63,7 @@ class SavedCache(BaseModel):
         marks: what is known about prompts, each set once.
         prompts: by prompt, which of the marks are its own.
         rows: the rows.
+        note: what else was to be kept with it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,10 +76,11 @@ class SavedCache(BaseModel):
     marks: list[PromptMarks]
     prompts: list[int]
     rows: list[SavedRow]
+    note: str = ""
 
 
-def save_cache(cache: LazyCache, path: str | Path) -> Path:
-    """Writes a cache to `path`, in one piece: to a file beside it first, which then takes its place.
+def save_cache(cache: LazyCache, path: str | Path, *, note: str = "") -> Path:
+    """Writes a cache and a note to `path`, in one piece: to a file beside it first, which then takes its place.
 
     Raises:
         CacheError: when the file cannot be written, or the cache's model is gone.
@@ -89,7 +91,7 @@ def save_cache(cache: LazyCache, path: str | Path) -> Path:
         for index, row in enumerate(cache.rows)
         for name, tensor in row.state().items()
     }
-    document = _describe(cache).model_dump_json()
+    document = _describe(cache, note).model_dump_json()
     unfinished = path.parent / f".{path.name}.{uuid4().hex}"
     try:
         save_file(tensors, unfinished, {DOCUMENT: document, DIGEST: _digest(document, tensors)})
@@ -102,7 +104,7 @@ def save_cache(cache: LazyCache, path: str | Path) -> Path:
     return path
 
 
-def _describe(cache: LazyCache) -> SavedCache:
+def _describe(cache: LazyCache, note: str) -> SavedCache:
     known: list[PromptMarks] = []
     prompts = [_place(marks, known) for marks in cache.marks]
     rows = [
@@ -118,6 +120,7 @@ def _describe(cache: LazyCache) -> SavedCache:
         marks=[{**vars(marks), "starts": dict(marks.starts)} for marks in known],  # what was found, not the text
         prompts=prompts,
         rows=rows,
+        note=note,
     )
 
 
@@ -128,20 +131,29 @@ def _place(marks: PromptMarks, known: list[PromptMarks]) -> int:
     return known.index(marks)
 
 
-def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, devices: Sequence[torch.device]) -> LazyCache:
-    """The cache that `save_cache` wrote to `path`.
+def load_cache(
+    path: str | Path,
+    policy: CachePolicy,
+    decoder: nn.Module,
+    devices: Sequence[torch.device],
+    *,
+    mapped: bool = False,
+) -> tuple[LazyCache, str]:
+    """The cache that `save_cache` wrote to `path`, and its note.
 
     Args:
         path: the file.
         policy: the cache policy it must have been filled by.
         decoder: the decoder it must have been filled by.
         devices: by layer, where its K/V are put.
+        mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file may
+            be replaced or removed meanwhile, but must not be written to.
 
     Raises:
         CacheError: when there is no such file, it is damaged or changed, or of another version, model or policy.
     """
     path = Path(path)
-    said, tensors = _read(path)
+    said, tensors = _read(path, mapped)
     if said.policy != CACHES.describe(policy):
         raise CacheError(
             f"{str(path)!r} was filled by the cache policy {said.policy}, this pipeline has {CACHES.describe(policy)}"
@@ -163,10 +175,10 @@ def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, device
         row.load_state(by_row[str(number)], devices)
         row.reply_start, row.retreated = saved.reply_start, saved.retreated
         cache.rows.append(row)
-    return cache
+    return cache, said.note
 
 
-def _read(path: Path) -> tuple[SavedCache, dict[str, Tensor]]:
+def _read(path: Path, mapped: bool) -> tuple[SavedCache, dict[str, Tensor]]:
     """Document and tensors of a file, checked against its digest."""
     if not path.is_file():
         raise CacheError(f"there is no saved cache {str(path)!r}")
@@ -177,8 +189,8 @@ def _read(path: Path) -> tuple[SavedCache, dict[str, Tensor]]:
                 raise CacheError(f"{str(path)!r} is a safetensors file, but not one that a cache was saved to")
             document = str(metadata[DOCUMENT])
             _check_version(path, document)
-            # Read for good: what a file on the disk becomes later must not change the cache.
-            tensors = {name: file.get_tensor(name).clone() for name in file.offset_keys()}
+            # Unless asked for, read for good: what a file on the disk becomes later must not change the cache.
+            tensors = {name: _tensor(file, name, mapped) for name in file.offset_keys()}
     except (OSError, SafetensorError) as error:
         raise CacheError(f"{str(path)!r} cannot be read as a whole safetensors file: {error}") from error
     if metadata.get(DIGEST) != (digest := _digest(document, tensors)):
@@ -189,6 +201,11 @@ def _read(path: Path) -> tuple[SavedCache, dict[str, Tensor]]:
         return SavedCache.model_validate_json(document), tensors
     except ValidationError as error:
         raise CacheError(f"{str(path)!r} cannot be understood: {explain(error, SavedCache)}") from None
+
+
+def _tensor(file: Any, name: str, mapped: bool) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    return tensor if mapped else tensor.clone()
 
 
 def _check_version(path: Path, document: str) -> None:
