@@ -23,6 +23,7 @@ from lazyllm.caches import (
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
+from lazyllm.documents import Document, LoadStats
 from lazyllm.errors import (
     AttachError,
     CacheError,
@@ -99,6 +100,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "DenseCache",
+    "Document",
     "DraftModel",
     "DropCache",
     "EngineError",
@@ -117,6 +119,7 @@ __all__ = [
     "LazyPipeline",
     "LexicalOverlap",
     "Linear",
+    "LoadStats",
     "MultiLayerAttention",
     "NextLayerAttention",
     "OffloadedAux",
