@@ -243,7 +243,7 @@ class Document:
 
         None of them has seen the others so far: a token attends to those before it from the layer on where it waits.
         Each must have been loaded with `start=` at a position behind the one before; one that no layer has computed
-        (`depth=0`) is moved to where it fits.
+        (`depth=0`) is moved there.
 
         Raises:
             InputError: when positions do not allow it, or the documents are framed in different ways.
@@ -258,7 +258,7 @@ class Document:
         if self.frame != other.frame:
             raise InputError(f"documents to be joined need the same frame, got {self.frame!r} and {other.frame!r}")
         first, moved = other._first_position, 0
-        if first < self.end and first and not bool(other._ledger.depth.any()):
+        if first and not bool(other._ledger.depth.any()):
             moved = self.end - first
         if first + moved < self.end:
             raise InputError(
@@ -321,7 +321,7 @@ def load_document(
     cache = pipe.new_cache(marks=[piece.marks])
     ids = torch.tensor([piece.token_ids], device=pipe.model.device)
     positions = torch.arange(start, start + tokens, device=ids.device)[None]
-    with torch.inference_mode(), pipe.loading(depth) as (model, layers):
+    with torch.no_grad(), pipe.loading(depth) as (model, layers):
         model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1)
     ledger = cache.rows[0].ledger
     seconds = time.perf_counter() - began

@@ -161,7 +161,8 @@ def arrivals(steps: Sequence[Sequence[LayerEnd]], row: int, length: int) -> Tens
     """[t] the step that brought each token: the last one whose new tokens began at it or before."""
     brought = torch.zeros(length, dtype=torch.long)
     for number, step in enumerate(steps):
-        brought[step[0].rows[row].first_new :] = number
+        if step:
+            brought[step[0].rows[row].first_new :] = number
     return brought
 
 

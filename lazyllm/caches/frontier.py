@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lazyllm.indexing import is_writable
+
 
 class FrontierStore:
     """One hidden state per token with depth < L: the output of its last computed layer (law 3).
@@ -55,7 +57,7 @@ class FrontierStore:
         if before is None or self._like is None:
             self._like = states.new_empty(0, states.shape[-1])
             self._packed = self.room(needed, self.pack(self._like))
-        elif needed > before.shape[0] or not self._is_own:
+        elif needed > before.shape[0] or not self._is_own or not is_writable(before):
             slots = before.shape[0] if needed <= before.shape[0] else max(needed, before.shape[0] * 3 // 2)
             self._packed = self.room(slots, self.pack(self._like))
             self._packed[:held] = before[:held]
