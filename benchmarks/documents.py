@@ -1,10 +1,10 @@
-"""What loading a document costs, and the first and later questions about it, beside a dense prefill whose cache is kept.
+"""What a document costs that waits for questions, and what the questions cost, beside a dense prefill that is kept.
 
     python benchmarks/documents.py --lengths 2048,6000 --questions 4 --rounds 5
 
 Without --model it measures the packaged SmolLM2-135M-Instruct; the document is the beginning of State of the Union
-addresses, and the questions are about different parts of it. In every round the unmodified model and each preset load the
-document and answer all questions, in an order drawn anew. Writes out/documents.md.
+addresses, and the questions are about different parts of it. In every round the unmodified model and each preset load
+the document and answer all questions, in an order drawn anew. Writes out/documents.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -94,8 +95,8 @@ def main(
 def measured(pipes: dict[str, LazyPipeline], text: str, questions: list[str], rounds: int) -> dict[str, Times]:
     """What each needs for the document and the questions."""
     first = next(iter(pipes.values()))
-    runs: dict[str, Callable[[Times], None]] = {"unmodified": lambda times: run_dense(first, text, questions, times)}
-    runs |= {name: lambda times, pipe=pipe: run_lazy(pipe, text, questions, times) for name, pipe in pipes.items()}
+    runs: dict[str, Callable[[Times], None]] = {"unmodified": partial(run_dense, first, text, questions)}
+    runs |= {name: partial(run_lazy, pipe, text, questions) for name, pipe in pipes.items()}
     found: dict[str, Times] = defaultdict(Times)
     shuffled = random.Random(0)
     for number in track(range(rounds + 1), description="rounds", console=console):
@@ -111,13 +112,13 @@ def run_dense(pipe: LazyPipeline, text: str, questions: list[str], times: Times)
     prompts = prompts_of(pipe.load(text, depth=0), questions)
     shared = shared_prefix(prompts)
     cache = DynamicCache(config=model.config)
-    times.load.append(seconds(lambda: model(ids(prompts[0][:shared], model), past_key_values=cache, logits_to_keep=1)))
+    text_ids = ids(prompts[0][:shared], model)
+    times.load.append(seconds(partial(model, text_ids, past_key_values=cache, logits_to_keep=1)))
     times.bytes_per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / shared
     answers = []
     for prompt in prompts:
-        answers.append(
-            seconds(lambda: model(ids(prompt[shared:], model), past_key_values=cache, logits_to_keep=1).logits.argmax())
-        )
+        new = ids(prompt[shared:], model)
+        answers.append(seconds(partial(model, new, past_key_values=cache, logits_to_keep=1)))
         cache.crop(shared)
     times.questions.append(answers)
 

@@ -375,6 +375,10 @@ def _checked(texts: str | Sequence[str]) -> list[str]:
 
 
 def _checked_layout(layout: str) -> str:
-    if layout.count(_DOCUMENTS) != 1 or layout.count(_QUESTION) != 1 or layout.find(_QUESTION) < layout.find(_DOCUMENTS):
+    if (
+        layout.count(_DOCUMENTS) != 1
+        or layout.count(_QUESTION) != 1
+        or layout.find(_QUESTION) < layout.find(_DOCUMENTS)
+    ):
         raise InputError(f"a layout has {_DOCUMENTS} once and {_QUESTION} once behind it, got {layout!r}")
     return layout

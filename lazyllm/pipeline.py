@@ -187,8 +187,8 @@ class LazyPipeline:
 
         Args:
             path: the file.
-            mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file may
-                be replaced or removed meanwhile, but must not be written to.
+            mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file
+                may be replaced or removed meanwhile, but must not be written to.
         """
         try:
             contract = contract_of(self.model, known=self._contract)
@@ -321,7 +321,7 @@ class LazyPipeline:
                 template puts before it.
 
         Raises:
-            InputError: for texts, a layout or a template that cannot be used, or texts longer than the model's positions.
+            InputError: for texts, a layout or a template that cannot be used, or more tokens than positions.
             ConfigError: when the cache keeps no tokens that wait.
         """
         return load_document(self, texts, layout=layout, system=system, depth=depth, start=start)
@@ -331,8 +331,8 @@ class LazyPipeline:
 
         Args:
             path: the file.
-            mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file may
-                be replaced or removed meanwhile, but must not be written to.
+            mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file
+                may be replaced or removed meanwhile, but must not be written to.
 
         Raises:
             CacheError: when there is no such file, it is damaged or was changed, or does not fit this pipeline.
@@ -392,7 +392,9 @@ class LazyPipeline:
         if len(queries) != len(prompts):
             raise InputError(f"{len(queries)} queries for {len(prompts)} prompts; give one for all, or one each")
         own = self.config.scorer.reads_query
-        if any(isinstance(one, EncodedPrompt) and asked is not None for one, asked in zip(prompts, queries, strict=True)):
+        if any(
+            isinstance(one, EncodedPrompt) and asked is not None for one, asked in zip(prompts, queries, strict=True)
+        ):
             raise InputError("an encoded prompt has its query already; give it to pipe.encode, not to generate")
         return [
             encode(prompt, self.tokenizer, self.config.protect, own if asked is None else check_query(asked))

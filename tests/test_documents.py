@@ -59,7 +59,9 @@ def new_pipe(family="llama", *, template=True, model=None, **policies) -> LazyPi
     if not template:
         tokenizer.chat_template = None
     kernel = "eager" if family in EAGER_ONLY else "sdpa"
-    return LazyPipeline(model or tiny_model(family, kernel), tokenizer, **{**MOVING, **policies}, callbacks=[TokenTrace()])
+    return LazyPipeline(
+        model or tiny_model(family, kernel), tokenizer, **{**MOVING, **policies}, callbacks=[TokenTrace()]
+    )
 
 
 def work_of(pipe: LazyPipeline, tokens: int) -> Counter:
@@ -299,7 +301,9 @@ def test_documents_that_nothing_has_computed_join_wherever_they_were(cache):
 def test_what_cannot_be_joined_is_refused():
     pipe = new_pipe()
     first = pipe.load(TEXT)
-    with pytest.raises(InputError, match=f"positions 1 to 30 cannot stand behind one that ends at 41.*start={first.end}"):
+    with pytest.raises(
+        InputError, match=f"positions 1 to 30 cannot stand behind one that ends at 41.*start={first.end}"
+    ):
         first.join(pipe.load(OTHER, start=1))
     with pytest.raises(InputError, match="positions 0 to 41"):
         first.join(pipe.load(TEXT, depth=0))
