@@ -144,13 +144,18 @@ class Document:
 
     # -- asking ------------------------------------------------------------------------------------
 
-    def ask(self, question: str, *, query: Query | None = None, **options: Any) -> GenerationResult:
+    def ask(
+        self, question: str, *, query: Query | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
         """Answers a question about the documents.
 
         Args:
             question: what is asked.
             query: what scorers take for the question; None = all of it.
             options: any option of `pipe.generate` but `past_key_values`.
+
+        Returns:
+            One result, a list for `num_return_sequences` > 1.
 
         Raises:
             InputError: for a blank question, a part that does not begin at position 0, or when positions run out.

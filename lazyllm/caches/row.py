@@ -224,7 +224,7 @@ class Row:
             moved: added to their positions.
         """
         behind = len(self.ledger)
-        places = devices or [None] * len(self.stores)
+        places: Sequence[torch.device | None] = devices or [None] * len(self.stores)
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in state.items():
             part, _, name = key.partition(".")
