@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -225,6 +225,17 @@ class Row:
     def offloaded_bytes(self) -> int:
         """How many of these bytes are not on the model's device."""
         return self.frontier.offloaded_bytes
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """Each row once, in the order in which they first come."""
+    return list({id(row): row for row in rows}.values())
+
+
+def copied(rows: Sequence[Row]) -> list[Row]:
+    """Independent copies; what is one row at several places stays one."""
+    twins = {id(row): row.copy() for row in distinct(rows)}
+    return [twins[id(row)] for row in rows]
 
 
 def token_counts(tokens: list[Tensor]) -> list[int]:
