@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from lazyllm.models.families import DecoderContract, contract_of
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
-from lazyllm.models.reader import open_readers
+from lazyllm.models.reader import Reader, open_readers
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
 from lazyllm.policies.protect import Protect
@@ -40,6 +40,9 @@ from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
 from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
 from lazyllm.result import GenerationResult, GenerationStats, StepRecorder, make_stats
+
+if TYPE_CHECKING:
+    from lazyllm.mapping import Reply
 
 
 class LazyPipeline:
@@ -218,20 +221,31 @@ class LazyPipeline:
             InputError, CacheError, ConfigError: before the model is touched, where that is possible.
         """
         started = time.perf_counter()
-        model, many = self.model, is_batch(prompt)
-        encoded = self._encode(prompt if many else [prompt], query)
-        self._check_length(encoded)
-        cache = options.pop("past_key_values", None)
-        if cache is None:
-            cache = self.new_cache()
-        elif not isinstance(cache, LazyCache):
-            raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
-        asked = Options(options, model)
-        asked.check(len(encoded))
-        ids, mask = pad_left(encoded, asked.pad_token_id, model.device)
-        clock, recorder = TokenClock(model.device), StepRecorder(self._contract.windows)
-        options = asked.for_model(self.tokenizer)
-        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
+        many = is_batch(prompt)
+        results = self.reply(self._encode(prompt if many else [prompt], query), options, started=started)
+        return results if many or len(results) > 1 else results[0]
+
+    def reply(
+        self, prompts: Sequence[EncodedPrompt], options: Mapping[str, Any], *, started: float | None = None
+    ) -> list[GenerationResult]:
+        """Generates replies to prompts that `encode` has read, as one batch.
+
+        Args:
+            prompts: the prompts.
+            options: as for `generate`.
+            started: when the call began that times are counted from; now, where it is not given.
+
+        Raises:
+            InputError, CacheError, ConfigError: before the model is touched, where that is possible.
+        """
+        started = time.perf_counter() if started is None else started
+        self._check_length(prompts)
+        cache, asked = self._cache_in(options), Options(options, self.model)
+        asked.check(len(prompts))
+        ids, mask = pad_left(prompts, asked.pad_token_id, self.model.device)
+        clock, recorder = TokenClock(self.model.device), StepRecorder(self._contract.windows)
+        given = {**asked.for_model(self.tokenizer), "past_key_values": cache}
+        given["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
         read_before = self._read_flops
         with cache.claim("generation"), self.attached(callbacks=[recorder]) as lazy:
             if cache.columns >= ids.shape[1]:
@@ -239,15 +253,53 @@ class LazyPipeline:
                     f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
                     "give the whole conversation, what the cache holds and what is new"
                 )
-            if cache.batch_size == len(encoded):  # one row for each prompt, whatever becomes of it
+            if cache.batch_size == len(prompts):  # one row for each prompt, whatever becomes of it
                 cache.batch_repeat_interleave(asked.copies)
-            with cache.replying([one.marks for one in encoded], ids.shape[1]):
-                output = lazy.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+            with cache.replying([prompt.marks for prompt in prompts], ids.shape[1]):
+                output = lazy.generate(ids, attention_mask=mask, **given)
         recorder.reading_flops = self._read_flops - read_before
-        results = self._results(output, encoded, ids.shape[1], recorder, clock, started, asked)
+        results = self._results(output, prompts, ids.shape[1], recorder, clock, started, asked)
         for callback in self.callbacks:
             callback.on_generate_end(GenerateEnd(tuple(results)))
-        return results if many or len(results) > 1 else results[0]
+        return results
+
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        query: Query | list[Query | None] | None = None,
+        batch_tokens: int = 8192,
+        out: str | Path | None = None,
+        progress: bool = False,
+        errors: Literal["raise", "return"] = "raise",
+        **options: Any,
+    ) -> Iterator[Reply]:
+        """Answers many prompts, one after the other as they are asked for; nothing runs before that.
+
+        Prompts of like length share a batch. With greedy decoding a reply is the same in every batch.
+
+        Args:
+            prompts: strings, token ids or chat messages; an iterator is read as its prompts are needed.
+            query: what they ask, as for `generate`: one for all, or a list.
+            batch_tokens: most tokens of a batch, shorter rows counted as long as the longest.
+            out: a file to which every reply is appended, as one JSON line; what stands there is not computed again.
+            progress: whether a bar on stderr shows how far it is, and the time left.
+            errors: "raise" ends with the first prompt that cannot be answered, when its turn comes; "return" gives a
+                reply with `error` in its place.
+            options: as for `generate`.
+
+        Returns:
+            One reply for each prompt, in order.
+
+        Raises:
+            InputError: for what can be seen to be wrong at once; other errors come from the iterator.
+        """
+        from lazyllm.mapping import PromptMap  # which needs this class
+
+        return PromptMap(
+            self, prompts, query=query, batch_tokens=batch_tokens, out=out, progress=progress, errors=errors,
+            options=options,
+        ).run()  # fmt: skip
 
     def encode(self, prompt: Prompt, *, query: Query | None = None) -> EncodedPrompt:
         """Token ids of one prompt, its protected ranges and its query, as `generate` would take them.
@@ -289,6 +341,18 @@ class LazyPipeline:
         layers, reads = len(contract.layers), self._readers
         self._selector = Selector(config.scorer, config.schedule, config.protect, layers, reads=reads)
         self._costs = flop_model(self.model, contract)
+
+    def _cache_in(self, options: Mapping[str, Any]) -> LazyCache:
+        """The cache that options continue, or a new one."""
+        cache = options.get("past_key_values")
+        if cache is not None and not isinstance(cache, LazyCache):
+            raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
+        return self.new_cache() if cache is None else cache
+
+    @property
+    def readers(self) -> Mapping[str | None, Reader]:
+        """Language models that read prompts for scorers, by name; None is the model itself."""
+        return self._readers
 
     @property
     def _read_flops(self) -> int:
