@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lazyllm.ablation.dispatch import Died, Finished, Hand, Message, messages
-from lazyllm.ablation.extras import needed
+from lazyllm.extras import needed
 from lazyllm.ablation.models import Load
 from lazyllm.ablation.units import Group
 from lazyllm.ablation.worker import Job, Worker

@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from lazyllm.ablation.extras import needed
+from lazyllm.extras import needed
 from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
 from lazyllm.console import device_named, errors_as_lines

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazyllm.ablation.extras import needed
+from lazyllm.extras import needed
 from lazyllm.ablation.plan import CellFacts, Place, Plan, best_of
 from lazyllm.ablation.store import look_into
 from lazyllm.ablation.units import Record

@@ -27,7 +27,7 @@ from lazyllm.ablation.cells import (
     check_setting,
     check_tasks,
 )
-from lazyllm.ablation.extras import needed
+from lazyllm.extras import needed
 from lazyllm.ablation.figures import Picture
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError

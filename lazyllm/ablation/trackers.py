@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyllm.ablation.engine import StudyCallback
-from lazyllm.ablation.extras import needed
+from lazyllm.extras import needed
 from lazyllm.errors import InputError, unknown
 
 if TYPE_CHECKING:

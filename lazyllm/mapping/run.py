@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lazyllm.ablation.extras import needed
+from lazyllm.extras import needed
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.generation import Options
 from lazyllm.mapping.identity import Addresses

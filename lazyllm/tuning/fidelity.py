@@ -24,7 +24,7 @@ from lazyllm.models.flops import flop_model
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.schedules.tuned import Measured
 from lazyllm.result import StepRecorder, step_flops
-from lazyllm.tuning.prompts import NamedPrompt
+from lazyllm.prompt_files import NamedPrompt
 
 
 @dataclass(frozen=True)
