@@ -46,8 +46,8 @@ try:
     from rich.text import Text
 
     from lazyllm.ablation import commands
-    from lazyllm.extras import needed
     from lazyllm.console import device_named, errors_as_lines
+    from lazyllm.extras import needed
 except ImportError as missing:
     raise SystemExit(
         f"the lazyllm command needs {missing.name}, which is not installed: pip install lazyllm-torch[cli]"
@@ -134,7 +134,9 @@ def map_prompts(
     prompts: Annotated[Path, typer.Option(help="A .jsonl file with fields 'prompt' and 'query', or a folder of .txt.")],
     out: Annotated[Path, typer.Option(help="Replies, one JSON line each; what stands there is not computed again.")],
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens of a batch.")] = 8192,
-    strict: Annotated[bool, typer.Option("--strict", help="End with the first prompt that cannot be answered.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with the first prompt that cannot be answered.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each text as one user message.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",

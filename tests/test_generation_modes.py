@@ -1,4 +1,4 @@
-"""Every kind of generation that transformers has: the unmodified model's tokens at keep ratio 1, the laws under pruning."""
+"""Every kind of generation transformers has: the unmodified model's tokens at keep ratio 1, the laws under pruning."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +79,7 @@ DETERMINISTIC = [
     {"logits_processor": LogitsProcessorList([Ban()])},
     {"prefill_chunk_size": 4},
     {"max_time": 3600.0},
-    {"exponential_decay_length_penalty": (2, 1.5)},
+    {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 5},
     {"encoder_repetition_penalty": 1.5},
 ]
 MODES = [{"do_sample": True, **options} for options in SAMPLED] + DETERMINISTIC
@@ -179,9 +179,8 @@ def test_scores_and_logits_are_those_of_the_unmodified_model():
 )
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_a_prompt_is_prefilled_once_however_many_rows_it_has(options, chunk):
-    model = tiny_model()
-    with widths(model) as seen:
-        pipe = LazyPipeline.from_preset("dense", model)
+    pipe = LazyPipeline.from_preset("dense", tiny_model())
+    with widths(pipe.model) as seen:
         result = pipe.generate(PROMPT, max_new_tokens=4, eos_token_id=-1, prefill_chunk_size=chunk, **options)
     chunks = [27] if chunk is None else [5, 5, 5, 5, 5, 2]
     assert seen[: len(chunks)] == chunks
@@ -202,9 +201,9 @@ def test_rows_that_say_the_same_go_on_as_one():
 
 def test_two_prompts_that_are_the_same_are_two():
     """Each may have marks of its own."""
-    model = tiny_model()
-    with widths(model) as seen:
-        LazyPipeline.from_preset("dense", model).generate([PROMPT, PROMPT], max_new_tokens=1, **GREEDY)
+    pipe = LazyPipeline.from_preset("dense", tiny_model())
+    with widths(pipe.model) as seen:
+        pipe.generate([PROMPT, PROMPT], max_new_tokens=1, **GREEDY)
     assert seen == [54]
 
 
@@ -313,7 +312,8 @@ def test_where_decode_steps_select_nothing_candidates_change_no_token(chosen, ca
 def test_candidates_are_no_part_of_the_prefill(chosen, cache):
     pipe = LazyPipeline(tiny_model(), cache=cache, **chosen)
     plain, assisted = (
-        pipe.generate(PROMPT, max_new_tokens=6, **GREEDY, **options) for options in ({}, {"prompt_lookup_num_tokens": 4})
+        pipe.generate(PROMPT, max_new_tokens=6, **GREEDY, **options)
+        for options in ({}, {"prompt_lookup_num_tokens": 4})
     )
     assert assisted.stats.prefill_steps == plain.stats.prefill_steps == 1
     assert assisted.stats.tokens_per_layer[0] == plain.stats.tokens_per_layer[0]
@@ -322,9 +322,7 @@ def test_candidates_are_no_part_of_the_prefill(chosen, cache):
 
 def test_the_reply_stays_protected_when_candidates_come():
     trace = TokenTrace()
-    pipe = LazyPipeline(
-        tiny_model(), scorer=Random(5), schedule=Stages({1: 0.05}), cache=AuxCache(), callbacks=[trace]
-    )
+    pipe = LazyPipeline(tiny_model(), scorer=Random(5), schedule=Stages({1: 0.05}), cache=AuxCache(), callbacks=[trace])
     cache = pipe.new_cache()
     pipe.generate(PROMPT, past_key_values=cache, prompt_lookup_num_tokens=4, max_new_tokens=8, **GREEDY)
     assert cache.rows[0].reply_start == 27
@@ -343,9 +341,13 @@ def test_a_step_of_several_tokens_counts_them_all():
                 selected.append(event.rows[0].choice is not None)
 
     pipe = LazyPipeline(
-        tiny_model(), scorer=Random(1), schedule=Stages({1: 0.2}), cache=AuxCache(revive_every=4), callbacks=[Selects()],
+        tiny_model(),
+        scorer=Random(1),
+        schedule=Stages({1: 0.2}),
+        cache=AuxCache(revive_every=4),
         protect=Protect(generated=False),
-    )  # fmt: skip
+        callbacks=[Selects()],
+    )
     cache = pipe.new_cache()
     with torch.no_grad(), pipe.attached() as model, cache.replying([], 10):
         for start, stop in ((0, 10), (10, 13), (13, 16), (16, 17), (17, 19), (19, 22)):
@@ -402,7 +404,9 @@ def test_after_a_failure_the_cache_knows_of_no_prompt():
     pipe = LazyPipeline(tiny_model(), cache=AuxCache(), **PRUNING)
     cache = pipe.new_cache()
     with pytest.raises(RuntimeError, match="boom"):
-        pipe.generate(PROMPT, past_key_values=cache, logits_processor=LogitsProcessorList([Fails()]), **GREEDY)
+        pipe.generate(
+            PROMPT, past_key_values=cache, logits_processor=LogitsProcessorList([Fails()]), max_new_tokens=2, **GREEDY
+        )
     assert cache.prompt_columns is None
     assert cache.columns == 27
 
@@ -412,7 +416,7 @@ def test_after_a_failure_the_cache_knows_of_no_prompt():
 
 @pytest.fixture
 def tokenizer():
-    return word_tokenizer(f"w{number}" for number in range(VOCABULARY - 6))
+    return word_tokenizer(["abcdef", *(f"w{number}" for number in range(VOCABULARY - 7))])
 
 
 def test_stop_strings_need_no_tokenizer_of_the_caller(tokenizer):

@@ -78,12 +78,12 @@ class Arrival:
         """What some of the rows are brought."""
         if len(indices) == self.rows:
             return self
-        shared = self.position_ids is None or self.position_ids.shape[0] == 1
+        positions = self.position_ids
         return replace(
             self,
             hidden=self.hidden[indices],
             padding=None if self.padding is None else self.padding[indices],
-            position_ids=self.position_ids if shared else self.position_ids[indices],
+            position_ids=positions if positions is None or positions.shape[0] == 1 else positions[indices],
             token_ids=None if self.token_ids is None else self.token_ids[indices],
         )
 

@@ -122,9 +122,8 @@ class Step:
             if positions.numel() and positions[0] <= last:
                 positions = positions - positions[0] + last + 1
             if not bool((positions.diff() > 0).all()):
-                raise InputError(
-                    f"positions of row {self.places.index(index)} must rise from token to token, got {positions.tolist()[:16]}"
-                )
+                place, got = self.places.index(index), positions.tolist()[:16]
+                raise InputError(f"positions of row {place} must rise from token to token, got {got}")
             rows.append(positions)
         return rows
 
@@ -345,9 +344,10 @@ class Step:
             asked = self.new[row][self._real[row] >= self._first_read]
             missing = asked[~torch.isin(asked, tokens)]
             if missing.numel():
+                place = self.places.index(row)
                 raise InputError(
-                    f"logits were asked for {asked.numel()} positions of row {self.places.index(row)}, but {missing.numel()} of them were "
-                    f"pruned and have none (tokens {missing.tolist()[:8]}...). Ask for the last ones only "
+                    f"logits were asked for {asked.numel()} positions of row {place}, but {missing.numel()} of them "
+                    f"were pruned and have none (tokens {missing.tolist()[:8]}...). Ask for the last ones only "
                     "(logits_to_keep=1), protect them with Protect(spans=[(start, stop)]), or take NaN in their place "
                     "with attached(missing='nan')"
                 )

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lazyllm.extras import needed
 from lazyllm.errors import InputError, LazyLLMError, unknown
+from lazyllm.extras import needed
 from lazyllm.generation import Options
 from lazyllm.mapping.identity import Addresses
 from lazyllm.mapping.replies import Reply, ReplyFile
@@ -181,7 +181,9 @@ class PromptMap:
         missing = object()
         for prompt in self._prompts:
             if (query := next(queries, missing)) is missing:
-                raise InputError(f"there are more prompts than the {len(self._query)} queries; give one for all, or each")
+                raise InputError(
+                    f"there are more prompts than the {len(self._query)} queries; give one for all, or each"
+                )
             yield prompt, query  # type: ignore[misc]
 
     def _answered(self, window: Window, file: ReplyFile | None) -> Iterator[Reply]:

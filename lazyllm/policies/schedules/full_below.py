@@ -29,5 +29,5 @@ class FullBelow(Schedule):
     def at_least(cls, length: int, schedule: Schedule) -> FullBelow:
         """`schedule` for contexts of `length` tokens or more; of two lengths the longer one holds."""
         if isinstance(schedule, cls):
-            return cls(max(length, schedule.length), schedule.schedule)
-        return cls(length, schedule)
+            return cls(length=max(length, schedule.length), schedule=schedule.schedule)
+        return cls(length=length, schedule=schedule)
