@@ -53,6 +53,7 @@ class RowTrace:
         attended: [k] tokens whose K/V were attended, in storage order.
         first_new: index of the step's first new token.
         choice: how `visible` was chosen; None where no scorer was asked.
+        shared: whether the row is still the same as one before it in the batch, where all this was done for both.
     """
 
     visible: Tensor
@@ -60,6 +61,12 @@ class RowTrace:
     attended: Tensor
     first_new: int
     choice: Choice | None = None
+    shared: bool = False
+
+    @property
+    def work(self) -> int:
+        """How many tokens the layer computed for this row and no other."""
+        return 0 if self.shared else self.computed.numel()
 
     @property
     def revived(self) -> Tensor:
@@ -198,6 +205,7 @@ class TokenTrace(Callback):
                 "layer": event.layer,
                 "row": row,
                 "prefill": event.is_prefill,
+                "shared": trace.shared,
                 "visible": trace.visible.tolist(),
                 "computed": trace.computed.tolist(),
                 "attended": trace.attended.tolist(),
@@ -246,7 +254,7 @@ class PrefillShare(Callback):
     def on_layer_end(self, event: LayerEnd) -> None:
         """Counts what is computed."""
         if event.is_prefill:
-            self.computed += sum(row.computed.numel() for row in event.rows)
+            self.computed += sum(row.work for row in event.rows)
 
     @property
     def fraction(self) -> float:

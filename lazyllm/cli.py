@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
+from warnings import catch_warnings
 
 import torch
 from pydantic.fields import FieldInfo
@@ -20,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from lazyllm.caches import CACHES
 from lazyllm.callbacks import ProgressBar, TokenTrace
 from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
-from lazyllm.costs import Cost, ModelShape, Prediction, predict
+from lazyllm.costs import Cost, ModelShape, Prediction, full_below_break_even, predict
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError
 from lazyllm.evaluation.harness_cli import run_lm_eval
@@ -32,6 +33,7 @@ from lazyllm.policies import SCHEDULES, SCORERS
 from lazyllm.policies.base import Keep, Phase, Policy, Registry
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.select import Selector
+from lazyllm.prompt_files import prompts_in
 from lazyllm.prompts import check_not_blank, decode_text
 from lazyllm.result import GenerationResult
 
@@ -44,8 +46,8 @@ try:
     from rich.text import Text
 
     from lazyllm.ablation import commands
-    from lazyllm.ablation.extras import needed
     from lazyllm.console import device_named, errors_as_lines
+    from lazyllm.extras import needed
 except ImportError as missing:
     raise SystemExit(
         f"the lazyllm command needs {missing.name}, which is not installed: pip install lazyllm-torch[cli]"
@@ -120,6 +122,53 @@ def generate(
         typer.echo(result.text)
         typer.echo(_summary(result), err=True)
     _write(result, tracer, stats_json, plot, trace)
+
+
+# -- map ---------------------------------------------------------------------------------------------
+
+
+@app.command("map")
+@errors_as_lines()
+def map_prompts(
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    prompts: Annotated[Path, typer.Option(help="A .jsonl file with fields 'prompt' and 'query', or a folder of .txt.")],
+    out: Annotated[Path, typer.Option(help="Replies, one JSON line each; what stands there is not computed again.")],
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens of a batch.")] = 8192,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with the first prompt that cannot be answered.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap each text as one user message.")] = False,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")
+    ] = None,
+    preset: PresetOption = "recommended",
+    scorer: ScorerOption = None,
+    schedule: ScheduleOption = None,
+    cache: CacheOption = None,
+    sinks: SinksOption = None,
+    recent: RecentOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 64,
+) -> None:
+    """Answers many prompts, greedily, into a file that the same command goes on from."""
+    config = _config(preset, scorer, schedule, cache, sinks, recent)
+    asked = prompts_in(prompts, chat=chat)
+    _check_outputs(None, None, None, out)
+    pipe = LazyPipeline.from_config(config, *_load(model, gguf_file, dtype, weights))
+    replies = pipe.map(
+        [one.prompt for one in asked], query=[one.query for one in asked], batch_tokens=batch_tokens, out=out,
+        progress=True, errors="raise" if strict else "return", max_new_tokens=max_new_tokens, do_sample=False,
+    )  # fmt: skip
+    with catch_warnings(record=True, action="always") as notices:
+        failed = [(one, reply) for one, reply in zip(asked, replies, strict=True) if reply.error is not None]
+    for notice in notices:
+        typer.echo(f"lazyllm: {notice.message}", err=True)
+    for one, reply in failed:
+        typer.echo(f"lazyllm: {one.name}: {' '.join(str(reply.error).split())}", err=True)
+    typer.echo(f"{len(asked) - len(failed)} of {len(asked)} prompts answered in {out}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _config(
@@ -383,12 +432,15 @@ def predict_costs(
     stats_json: Annotated[Path | None, typer.Option(help="Write the predictions as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw where the time to the first token goes.")] = None,
     save_device: Annotated[Path | None, typer.Option(help="Write the device's numbers as JSON.")] = None,
+    save_config: Annotated[
+        Path | None, typer.Option(help="Write the configuration, with prompts too short to pay run dense.")
+    ] = None,
 ) -> None:
     """Predicts times and memory, dense and pruned; loads no weights."""
     config = _config(preset, scorer, schedule, cache, sinks, recent)
     lengths = [_read_as(int, text, "--tokens", "8192,32768") for text in tokens.split(",")]
     shares = _kept(kept)
-    _check_outputs(stats_json, plot, None, save_device)
+    _check_outputs(stats_json, plot, None, save_device, save_config)
     shape, numbers = _shape(model), device_named(device)
     predictions = [
         predict(shape, config, numbers, tokens=length, parallel=parallel, asked=asked, kept=shares)
@@ -399,6 +451,8 @@ def predict_costs(
     try:
         if save_device is not None:
             numbers.save(save_device)
+        if save_config is not None:
+            full_below_break_even(config, predictions[0]).save(save_config)
         if stats_json is not None:
             data = [prediction.to_dict() for prediction in predictions]
             stats_json.write_text(json.dumps(data, indent=2), encoding="utf-8")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -27,20 +27,24 @@ from lazyllm.callbacks import Callback, GenerateEnd
 from lazyllm.config import LazyConfig
 from lazyllm.documents import LAYOUT, Document, load_document, open_document
 from lazyllm.errors import AttachError, CacheError, ConfigError, InputError
+from lazyllm.generation import Options, reply_tokens
 from lazyllm.models.attach import attached, check_model
 from lazyllm.models.families import DecoderContract, contract_of
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
-from lazyllm.models.reader import open_readers
+from lazyllm.models.reader import Reader, open_readers
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
 from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
-from lazyllm.prompts import EncodedPrompt, Prompt, encode, end_token_ids, is_batch, pad_left
+from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
 from lazyllm.result import GenerationResult, GenerationStats, StepRecorder, make_stats
+
+if TYPE_CHECKING:
+    from lazyllm.mapping import Reply
 
 
 class LazyPipeline:
@@ -262,28 +266,40 @@ class LazyPipeline:
             prompt: a string, token ids or chat messages; or a list of these.
             query: what the prompt asks, instead of what the scorer would take for it: a substring of the prompt, a
                 token range, a number of tokens at the end, or "auto"; for a batch one for all, or a list. Protected.
-            options: any option of transformers' `generate`; `past_key_values` continues a LazyCache.
+            options: those of transformers' `generate` (docs/generation.md); `past_key_values` continues a LazyCache.
 
         Returns:
-            One result for one prompt, a list for a list or for `num_return_sequences` > 1.
+            One result for one prompt, a list for a list or for `num_return_sequences` > 1, those of a prompt together.
 
         Raises:
             InputError, CacheError, ConfigError: before the model is touched, where that is possible.
         """
         started = time.perf_counter()
-        model = self.model
         many = is_batch(prompt)
-        encoded = self._encode(prompt if many else [prompt], query)
-        self._check_length(encoded)
-        cache = options.pop("past_key_values", None)
-        if cache is None:
-            cache = self.new_cache()
-        elif not isinstance(cache, LazyCache):
-            raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
-        ids, mask = pad_left(encoded, self._pad_token_id(options), model.device)
-        clock = TokenClock(model.device)
-        recorder = StepRecorder(self._contract.windows)
-        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
+        results = self.reply(self._encode(prompt if many else [prompt], query), options, started=started)
+        return results if many or len(results) > 1 else results[0]
+
+    def reply(
+        self, prompts: Sequence[EncodedPrompt], options: Mapping[str, Any], *, started: float | None = None
+    ) -> list[GenerationResult]:
+        """Generates replies to prompts that `encode` has read, as one batch.
+
+        Args:
+            prompts: the prompts.
+            options: as for `generate`.
+            started: when the call began that times are counted from; now, where it is not given.
+
+        Raises:
+            InputError, CacheError, ConfigError: before the model is touched, where that is possible.
+        """
+        started = time.perf_counter() if started is None else started
+        self._check_length(prompts)
+        cache, asked = self._cache_in(options), Options(options, self.model)
+        asked.check(len(prompts))
+        ids, mask = pad_left(prompts, asked.pad_token_id, self.model.device)
+        clock, recorder = TokenClock(self.model.device), StepRecorder(self._contract.windows)
+        given = {**asked.for_model(self.tokenizer), "past_key_values": cache}
+        given["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
         read_before = self._read_flops
         with cache.claim("generation"), self.attached(callbacks=[recorder]) as lazy:
             if cache.columns >= ids.shape[1]:
@@ -291,13 +307,53 @@ class LazyPipeline:
                     f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
                     "give the whole conversation, what the cache holds and what is new"
                 )
-            cache.mark_prompts([one.marks for one in encoded])
-            output = lazy.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+            if cache.batch_size == len(prompts):  # one row for each prompt, whatever becomes of it
+                cache.batch_repeat_interleave(asked.copies)
+            with cache.replying([prompt.marks for prompt in prompts], ids.shape[1]):
+                output = lazy.generate(ids, attention_mask=mask, **given)
         recorder.reading_flops = self._read_flops - read_before
-        results = self._results(output, encoded, ids.shape[1], recorder, clock, started, options)
+        results = self._results(output, prompts, ids.shape[1], recorder, clock, started, asked)
         for callback in self.callbacks:
             callback.on_generate_end(GenerateEnd(tuple(results)))
-        return results if many or len(results) > 1 else results[0]
+        return results
+
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        query: Query | list[Query | None] | None = None,
+        batch_tokens: int = 8192,
+        out: str | Path | None = None,
+        progress: bool = False,
+        errors: Literal["raise", "return"] = "raise",
+        **options: Any,
+    ) -> Iterator[Reply]:
+        """Answers many prompts, one after the other as they are asked for; nothing runs before that.
+
+        Prompts of like length share a batch. With greedy decoding a reply is the same in every batch.
+
+        Args:
+            prompts: strings, token ids or chat messages; an iterator is read as its prompts are needed.
+            query: what they ask, as for `generate`: one for all, or a list.
+            batch_tokens: most tokens of a batch, shorter rows counted as long as the longest.
+            out: a file to which every reply is appended, as one JSON line; what stands there is not computed again.
+            progress: whether a bar on stderr shows how far it is, and the time left.
+            errors: "raise" ends with the first prompt that cannot be answered, when its turn comes; "return" gives a
+                reply with `error` in its place.
+            options: as for `generate`.
+
+        Returns:
+            One reply for each prompt, in order.
+
+        Raises:
+            InputError: for what can be seen to be wrong at once; other errors come from the iterator.
+        """
+        from lazyllm.mapping import PromptMap  # which needs this class
+
+        return PromptMap(
+            self, prompts, query=query, batch_tokens=batch_tokens, out=out, progress=progress, errors=errors,
+            options=options,
+        ).run()  # fmt: skip
 
     # -- documents ---------------------------------------------------------------------------------
 
@@ -382,6 +438,18 @@ class LazyPipeline:
         self._selector = Selector(config.scorer, config.schedule, config.protect, layers, reads=reads)
         self._costs = flop_model(self.model, contract)
 
+    def _cache_in(self, options: Mapping[str, Any]) -> LazyCache:
+        """The cache that options continue, or a new one."""
+        cache = options.get("past_key_values")
+        if cache is not None and not isinstance(cache, LazyCache):
+            raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
+        return self.new_cache() if cache is None else cache
+
+    @property
+    def readers(self) -> Mapping[str | None, Reader]:
+        """Language models that read prompts for scorers, by name; None is the model itself."""
+        return self._readers
+
     @property
     def _read_flops(self) -> int:
         """Operations that language models have done for scorers so far."""
@@ -409,11 +477,6 @@ class LazyPipeline:
                     f"the prompt has {len(prompt.token_ids)} tokens, the model has positions for {longest}"
                 )
 
-    def _pad_token_id(self, options: Mapping[str, Any]) -> int:
-        ends = end_token_ids(self.model, options)
-        candidates = [options.get("pad_token_id"), getattr(self.model.generation_config, "pad_token_id", None), *ends]
-        return next((token for token in candidates if token is not None), 0)
-
     def _results(
         self,
         output: Any,
@@ -422,15 +485,16 @@ class LazyPipeline:
         recorder: StepRecorder,
         clock: TokenClock,
         started: float,
-        options: Mapping[str, Any],
+        asked: Options,
     ) -> list[GenerationResult]:
         sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
+        padding = asked.padding if sequences.shape[0] > 1 else None
         each = sequences.shape[0] // len(prompts)
         peak = peak_bytes(self.model.device)
         results = []
         for index, sequence in enumerate(sequences.tolist()):
             prompt = index // each
-            new = _until_end(sequence[width:], end_token_ids(self.model, options))
+            new = reply_tokens(sequence[width:], asked.end_token_ids, padding)
             per_prompt = len(recorder.steps[0]) // len(prompts)
             rows = range(prompt * per_prompt, (prompt + 1) * per_prompt)
             stats = make_stats(
@@ -439,7 +503,7 @@ class LazyPipeline:
                 recorder,
                 prompt_tokens=len(prompts[prompt].token_ids),
                 new_tokens=len(new),
-                token_times=clock.times,
+                clock=clock,
                 started=started,
                 peak_bytes=peak,
             )
@@ -513,24 +577,26 @@ class _StopSwitch(StoppingCriteria):
 
 
 class TokenClock(StoppingCriteria):
-    """Reads the clock after every token; stops nothing."""
+    """Reads the clock whenever new tokens have come, one or several; stops nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.times: list[float] = []
+        self._lengths: list[int] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         """Notes the time."""
         if not self.times and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())
+        self._lengths.append(input_ids.shape[1])
         return torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
 
-
-def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens up to and with the first end token; what follows is padding."""
-    stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean time from one token to the next; None when all came at once."""
+        tokens = self._lengths[-1] - self._lengths[0]
+        return (self.times[-1] - self.times[0]) / tokens if tokens else None
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lazyllm.caches.row import PromptMarks
 from lazyllm.errors import InputError
@@ -435,13 +435,6 @@ def _range(kind: str, span: TokenRange | str, known: _Text) -> TokenRange:
     if tokens is None:
         raise InputError(f"the {kind} substring {span!r} does not occur in the prompt")
     return tokens
-
-
-def end_token_ids(model: PreTrainedModel, options: Mapping[str, Any]) -> list[int]:
-    """Ids that end a reply to `generate(**options)`: those given there, else the ones of its generation config."""
-    config = options.get("generation_config") or model.generation_config
-    ends = options.get("eos_token_id", config.eos_token_id)
-    return [] if ends is None else [int(end) for end in torch.as_tensor(ends).flatten()]
 
 
 def pad_left(prompts: Sequence[EncodedPrompt], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

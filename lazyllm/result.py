@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEnd
 from lazyllm.models.flops import FlopModel, causal_pairs
@@ -23,6 +23,9 @@ class LayerTokens(NamedTuple):
 @dataclass(frozen=True)
 class GenerationStats:
     """Cost of one generation. Layer-tokens are (layer, token) pairs.
+
+    Beams and several replies to one prompt are counted together. What they have in common is computed once, and counts
+    once beside a dense run that computes it for each.
 
     Attributes:
         layers: number of layers.
@@ -94,6 +97,18 @@ class GenerationResult:
     output: Any = None
 
 
+class Clock(Protocol):
+    """When new tokens came: the time of the first, and the mean from one to the next."""
+
+    @property
+    def times(self) -> Sequence[float]:
+        """A reading whenever tokens came."""
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean time from one token to the next; None for a single one."""
+
+
 @dataclass
 class StepCount:
     """What one row did in one step, as numbers."""
@@ -128,8 +143,9 @@ class StepRecorder(Callback):
         if event.layer == 0:
             self._open = [StepCount(event.is_prefill) for _ in event.rows]
         for count, row in zip(self._open, event.rows, strict=True):
-            count.layers.append(LayerTokens(row.visible.numel(), row.computed.numel(), row.revived.numel()))
-            count.pairs.append(_pairs(row, self.windows[event.layer]))
+            revived = 0 if row.shared else row.revived.numel()
+            count.layers.append(LayerTokens(row.visible.numel(), row.work, revived))
+            count.pairs.append(0 if row.shared else _pairs(row, self.windows[event.layer]))
 
     def on_step_end(self, event: StepEnd) -> None:
         """Closes the step."""
@@ -153,25 +169,24 @@ def make_stats(
     *,
     prompt_tokens: int,
     new_tokens: int,
-    token_times: list[float],
+    clock: Clock,
     started: float,
     peak_bytes: int,
 ) -> GenerationStats:
-    """Statistics of the rows in `steps` (by row, by step); `token_times` are the clock readings per token."""
+    """Statistics of the rows in `steps` (by row, by step)."""
     layers = len(costs.per_token)
     prefill = [step for row in steps for step in row if step.is_prefill]
     done, dense = step_flops(prefill, costs, recorder.windows)
     everything = [step for row in steps for step in row]
     flops, dense_flops = step_flops(everything, costs, recorder.windows)
     merged = [_sum_rows(rows) for rows in zip(*steps, strict=True)]
-    gaps = len(token_times) - 1
     reading = recorder.reading_flops * len(steps) // recorder.rows if recorder.rows else 0
     return GenerationStats(
         layers=layers,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        ttft_seconds=token_times[0] - started,
-        seconds_per_output_token=(token_times[-1] - token_times[0]) / gaps if gaps else None,
+        ttft_seconds=clock.times[0] - started,
+        seconds_per_output_token=clock.seconds_per_token,
         computed_fraction=_computed_fraction(everything, layers),
         prefill_computed_fraction=_computed_fraction(prefill, layers),
         revived_tokens=sum(layer.revived for step in everything for layer in step.layers),

@@ -39,9 +39,10 @@ from lazyllm.evaluation.quality import Contender, forced_logits, greedy_reply
 from lazyllm.policies.base import Phase
 from lazyllm.policies.schedules.tuned import Measured, TunedFile
 from lazyllm.policies.select import Selector
+from lazyllm.prompt_files import NamedPrompt
 from lazyllm.tuning import fidelity as fidelity_module
 from lazyllm.tuning.fidelity import Fidelity
-from lazyllm.tuning.prompts import NamedPrompt, read_prompts, split
+from lazyllm.tuning.prompts import read_prompts, split
 from lazyllm.tuning.space import RULES, Space, ladders, numbers, with_fields
 from lazyllm.tuning.study import Outcome, Point, Target, tune
 from tests.test_config import REQUIRED

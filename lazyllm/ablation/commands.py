@@ -13,12 +13,12 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from lazyllm.ablation.extras import needed
 from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
 from lazyllm.console import device_named, errors_as_lines
 from lazyllm.errors import InputError
 from lazyllm.evaluation.options import names_in
+from lazyllm.extras import needed
 
 if TYPE_CHECKING:
     from lazyllm.ablation.engine import StudyCallback

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,13 @@ from lazyllm.ablation.cells import ModelRef
 from lazyllm.errors import InputError
 from lazyllm.evaluation.data import packaged_model, quiet_loading
 from lazyllm.evaluation.digest import digest
-from lazyllm.models.fingerprint import fingerprint
+from lazyllm.models.fingerprint import fingerprint, reading_of, settings_of
 from lazyllm.models.loading import dtype_named, load_model
 from lazyllm.pipeline import LazyPipeline
 
 PACKAGED = "packaged"
 """What a study calls the model that comes as a Python package."""
 WARM_UP_TOKENS = 8
-NO_SETTINGS = ("_name_or_path", "transformers_version")
-"""What a model's configuration says that changes no result."""
 
 Load = Callable[[ModelRef], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -37,23 +35,8 @@ class Loaded:
     def identity(self) -> tuple[Any, ...]:
         """What tells it from other models; the weights of a quantised one do not, so that its name must."""
         named = self.ref.model if self.ref.weights else ""
-        settings = digest([*_settings(self.model), *_reading(self.tokenizer)])
+        settings = digest([*settings_of(self.model), *reading_of(self.tokenizer)])
         return fingerprint(self.model), settings, self.ref.dtype, self.ref.weights, self.ref.device, named
-
-
-def _settings(model: PreTrainedModel) -> Iterator[Any]:
-    """What a model computes with besides its weights: positions, windows, its attention kernel, its end tokens."""
-    config = model.config.to_dict()
-    yield {name: value for name, value in config.items() if name not in NO_SETTINGS}
-    yield model.config._attn_implementation
-    yield getattr(model.generation_config, "eos_token_id", None)
-
-
-def _reading(tokenizer: PreTrainedTokenizerBase) -> Iterator[Any]:
-    """What a tokenizer makes of a text."""
-    yield tokenizer.chat_template
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    yield tokenizer.get_vocab() if backend is None else backend.to_str()
 
 
 class Shelf:

@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazyllm.ablation.extras import needed
 from lazyllm.ablation.plan import CellFacts, Place, Plan, best_of
 from lazyllm.ablation.store import look_into
 from lazyllm.ablation.units import Record
 from lazyllm.errors import InputError
 from lazyllm.evaluation.compare import Line, line_of
 from lazyllm.evaluation.quality import Verdict
+from lazyllm.extras import needed
 
 if TYPE_CHECKING:
     import pandas

@@ -5,14 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from lazyllm.ablation.units import Record
+from lazyllm.appending import Appender
 from lazyllm.errors import InputError
 
 RESULTS, ITEMS, PLAN, STUDY, LOCK = "results.jsonl", "items.jsonl", "plan.json", "study.yaml", "lock"
@@ -79,46 +80,6 @@ def read_lines(path: Path) -> Lines:
         data = read(line)
         found.damaged.append(number) if data is None else found.data.append(data)
     return found
-
-
-class Appender:
-    """Writes lines at the end of a file, each on disk before the next; what was cut off before is dropped."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.path, self._size = path, size
-        try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.ftruncate(self._file, size)
-        except OSError as error:
-            raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
-
-    def append(self, lines: Iterable[bytes]) -> None:
-        """Writes all of `lines`, or raises with the file as it was before.
-
-        Raises:
-            InputError: when the disk is full, or fails otherwise.
-        """
-        content = b"".join(lines)
-        try:
-            self._write(content)
-            os.fsync(self._file)
-        except OSError as error:
-            with suppress(OSError):  # else the rest of the line is dropped when the file is opened next
-                os.ftruncate(self._file, self._size)
-            raise InputError(
-                f"cannot write {str(self.path)!r}: {error.strerror}; everything before is kept, "
-                "and the same command goes on from there"
-            ) from None
-        self._size += len(content)
-
-    def _write(self, content: bytes) -> None:
-        done = 0
-        while done < len(content):
-            done += os.pwrite(self._file, content[done:], self._size + done)
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._file)
 
 
 @dataclass(frozen=True)

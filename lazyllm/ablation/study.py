@@ -27,11 +27,11 @@ from lazyllm.ablation.cells import (
     check_setting,
     check_tasks,
 )
-from lazyllm.ablation.extras import needed
 from lazyllm.ablation.figures import Picture
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
 from lazyllm.evaluation.quality import STOCK
+from lazyllm.extras import needed
 from lazyllm.policies.base import Value
 
 if TYPE_CHECKING:

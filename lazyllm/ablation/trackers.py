@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyllm.ablation.engine import StudyCallback
-from lazyllm.ablation.extras import needed
 from lazyllm.errors import InputError, unknown
+from lazyllm.extras import needed
 
 if TYPE_CHECKING:
     from lazyllm.ablation.results import Results

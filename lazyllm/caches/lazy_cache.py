@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from lazyllm.caches.policy import CachePolicy
-from lazyllm.caches.row import PromptMarks, Row, RowMark, token_counts
+from lazyllm.caches.row import PromptMarks, Row, RowMark, copied, distinct, token_counts
 from lazyllm.errors import CacheError, InputError
 from lazyllm.indexing import is_ascending
 from lazyllm.models.fingerprint import fingerprint
@@ -24,7 +24,7 @@ from lazyllm.models.fingerprint import fingerprint
 
 @dataclass(frozen=True)
 class CacheMark:
-    """A point a cache can go back to."""
+    """A point a cache can go back to; a row that stands at several places has one mark."""
 
     columns: int
     rows: list[Row]
@@ -35,7 +35,8 @@ class LazyCache(Cache):
     """K/V, depths and frontier states of a batch, usable wherever transformers takes a cache.
 
     It binds itself to the first model that uses it. Its sequence length is the number of columns
-    seen, padding included, whatever was pruned.
+    seen, padding included, whatever was pruned. Rows of the batch that nothing has told apart yet, such as the beams of
+    a prompt, are one row at several places of `rows`: it is computed once, and copied when their tokens differ.
 
     Args:
         policy: what happens to pruned tokens and what is attended.
@@ -48,6 +49,7 @@ class LazyCache(Cache):
         self.marks = list(marks)
         self.rows: list[Row] = []
         self.columns = 0
+        self.prompt_columns: int | None = None
         self._decoder: weakref.ref[nn.Module] | None = None
         self._claims: set[str] = set()
 
@@ -78,9 +80,10 @@ class LazyCache(Cache):
         return fingerprint(decoder)
 
     def open_rows(self, rows: int, layers: int) -> None:
-        """Makes the rows at the first step, and checks the batch size at later ones."""
+        """Makes the rows at the first step, one for each prompt, and checks the batch size at later ones."""
         if not self.rows:
-            self.rows = [Row(layers, self.policy, marks) for marks in self._row_marks(rows)]
+            prompts = [Row(layers, self.policy, marks) for marks in self._prompt_marks(rows)]
+            self.rows = [row for row in prompts for _ in range(rows // len(prompts))]
         elif len(self.rows) != rows:
             raise CacheError(f"the cache holds {len(self.rows)} rows, the batch has {rows}")
 
@@ -91,14 +94,57 @@ class LazyCache(Cache):
             CacheError: when the rows are not a multiple of the prompts.
         """
         self.marks = list(marks)
-        for row, known in zip(self.rows, self._row_marks(len(self.rows)), strict=True):
-            row.marks = known
+        if not self.rows:
+            return
+        prompts = self._prompt_marks(len(self.rows))
+        each = len(self.rows) // len(prompts)
+        rows: list[Row] = []
+        for number, known in enumerate(prompts):
+            own = self.rows[number * each : (number + 1) * each]
+            own = copied(own) if any(row is other for row in own for other in rows) else own
+            for row in own:
+                row.marks = known
+            rows += own
+        self.rows = rows
 
-    def _row_marks(self, rows: int) -> list[PromptMarks]:
+    def _prompt_marks(self, rows: int) -> list[PromptMarks]:
+        """Those of the prompts; where nothing is known, each row is one."""
         prompts = self.marks or [PromptMarks()] * rows
-        if prompts and rows % len(prompts):
+        if rows % len(prompts):
             raise CacheError(f"the cache has marks for {len(prompts)} prompts, the batch has {rows} rows")
-        return [marks for marks in prompts for _ in range(rows // len(prompts))]
+        return prompts
+
+    @contextmanager
+    def replying(self, marks: Sequence[PromptMarks], columns: int) -> Iterator[None]:
+        """Knows the prompts, and that they end before column `columns`, while their replies are made.
+
+        Raises:
+            CacheError: when the rows are not a multiple of the prompts.
+        """
+        self.mark_prompts(marks)
+        self.prompt_columns = columns
+        try:
+            yield
+        finally:
+            self.prompt_columns = None
+
+    def is_prefill(self, width: int) -> bool:
+        """Whether a step of `width` columns brings tokens of a prompt.
+
+        While a reply is made it is known where the prompt ends. Else several columns are taken for one, and the first.
+        """
+        if self.prompt_columns is not None:
+            return self.columns < self.prompt_columns
+        return width > 1 or not self.columns
+
+    @property
+    def prompt_left(self) -> int:
+        """How many columns of the prompt are still to come; 0 where that is not known."""
+        return max(0, (self.prompt_columns or 0) - self.columns)
+
+    def repeats(self, width: int) -> bool:
+        """Whether a step of `width` columns of a reply begins with those that are here: it has the whole prompt."""
+        return self.prompt_columns is not None and 0 < self.columns < self.prompt_columns <= width
 
     @contextmanager
     def claim(self, use: Literal["generation", "step"]) -> Iterator[None]:
@@ -117,12 +163,13 @@ class LazyCache(Cache):
 
     def mark(self) -> CacheMark:
         """The present state, for `restore`."""
-        return CacheMark(self.columns, list(self.rows), [row.mark() for row in self.rows])
+        rows = distinct(self.rows)
+        return CacheMark(self.columns, list(self.rows), [row.mark() for row in rows])
 
     def restore(self, mark: CacheMark) -> None:
         """Goes back to `mark`, taken before the step that failed."""
         self.columns, self.rows = mark.columns, mark.rows
-        for row, row_mark in zip(mark.rows, mark.row_marks, strict=True):
+        for row, row_mark in zip(distinct(mark.rows), mark.row_marks, strict=True):
             row.restore(row_mark)
 
     # -- what transformers asks of a cache ---------------------------------------------------------
@@ -178,29 +225,21 @@ class LazyCache(Cache):
             )
         if tokens_to_remove < 0:
             self.columns += tokens_to_remove
-            for row in self.rows:
+            for row in distinct(self.rows):
                 row.crop(self.columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes a copy of row `beam_idx[i]`."""
-        self._take_rows(beam_idx.tolist())
+        """Row i becomes what row `beam_idx[i]` is, and goes on by itself."""
+        self.rows = [self.rows[index] for index in beam_idx.tolist()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row `repeats` times."""
-        self._take_rows([row for row in range(len(self.rows)) for _ in range(repeats)])
+        """Repeats each row `repeats` times; they go on by themselves."""
+        self.rows = [row for row in self.rows for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows at `indices`, integers or booleans."""
         rows = torch.arange(len(self.rows))
-        self._take_rows(rows[indices.cpu()].tolist())
-
-    def _take_rows(self, indices: Iterable[int]) -> None:
-        taken: set[int] = set()
-        rows = []
-        for index in indices:
-            rows.append(self.rows[index].copy() if index in taken else self.rows[index])
-            taken.add(index)
-        self.rows = rows
+        self.rows = [self.rows[index] for index in rows[indices.cpu()].tolist()]
 
     # -- several of one ----------------------------------------------------------------------------
 
@@ -214,7 +253,7 @@ class LazyCache(Cache):
         """
         self._refuse_mid_step()
         twin = LazyCache(self.policy, marks=self.marks)
-        twin.rows, twin.columns = [row.copy() for row in self.rows], self.columns
+        twin.rows, twin.columns = copied(self.rows), self.columns
         twin._decoder = self._decoder
         return twin
 
@@ -271,17 +310,17 @@ class LazyCache(Cache):
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values in use, those shared with a fork included."""
-        return sum(row.key_value_bytes for row in self.rows)
+        return sum(row.key_value_bytes for row in distinct(self.rows))
 
     @property
     def aux_bytes(self) -> int:
         """Bytes of frontier states, and of states a scorer looks back on."""
-        return sum(row.aux_bytes for row in self.rows)
+        return sum(row.aux_bytes for row in distinct(self.rows))
 
     @property
     def offloaded_bytes(self) -> int:
         """How many of the `aux_bytes` are not on the model's device, but in CPU memory or on the disk."""
-        return sum(row.offloaded_bytes for row in self.rows)
+        return sum(row.offloaded_bytes for row in distinct(self.rows))
 
     def __repr__(self) -> str:
         tokens = [len(row.ledger) for row in self.rows]
@@ -297,14 +336,16 @@ class LayerView:
 
     MANY = 256
 
-    def __init__(self, cache: LazyCache, layer: int, todo: list[Tensor], visible: list[Tensor]) -> None:
-        self.cache, self.todo, self._visible = cache, todo, visible
-        self._stores = [row.stores[layer] for row in cache.rows]
+    def __init__(
+        self, rows: Sequence[Row], policy: CachePolicy, layer: int, todo: list[Tensor], visible: list[Tensor]
+    ) -> None:
+        self.policy, self.todo, self._visible = policy, todo, visible
+        self._stores = [row.stores[layer] for row in rows]
         self._held = [len(store) for store in self._stores]
         self._attends_all = [self._is_all(*row) for row in zip(self._held, todo, visible, strict=True)]
 
     def _is_all(self, held: int, todo: Tensor, visible: Tensor) -> bool:
-        return bool(todo.numel()) and (self.cache.policy.attend == "cached" or visible.numel() == held + todo.numel())
+        return bool(todo.numel()) and (self.policy.attend == "cached" or visible.numel() == held + todo.numel())
 
     def pieces(self, most: int) -> Iterator[tuple[slice, LayerView]]:
         """Views of at most `most` tokens in order of position, each with its place on the packed axis.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -267,6 +267,17 @@ def _filled(amounts: Tensor | None, tokens: int, like: Tensor) -> Tensor:
     """Amounts [t] of the first tokens, 0 where there are none, up to `tokens` of them."""
     known = like.new_zeros(0) if amounts is None else amounts
     return pad(known, (0, max(tokens - known.numel(), 0)))
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """Each row once, in the order in which they first come."""
+    return list({id(row): row for row in rows}.values())
+
+
+def copied(rows: Sequence[Row]) -> list[Row]:
+    """Independent copies; what is one row at several places stays one."""
+    twins = {id(row): row.copy() for row in distinct(rows)}
+    return [twins[id(row)] for row in rows]
 
 
 def token_counts(tokens: list[Tensor]) -> list[int]:

@@ -1,4 +1,4 @@
-"""One forward call as a transaction on the cache: all of it happens, or nothing."""
+"""One pass through the layers as a transaction on the cache: all of it happens, or nothing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from lazyllm.caches.arrival import Arrival
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
-from lazyllm.caches.row import Row, same_tokens, token_counts
+from lazyllm.caches.row import Row, distinct, same_tokens, token_counts
 from lazyllm.callbacks import Choice
 from lazyllm.errors import InputError
 from lazyllm.policies.base import layer_number
@@ -27,36 +28,24 @@ class Parked:
 
 
 @contextmanager
-def open_step(
-    cache: LazyCache,
-    hidden: Tensor,
-    *,
-    layers: int,
-    padding: Tensor | None,
-    position_ids: Tensor | None,
-    read_last: int | None = None,
-    token_ids: Tensor | None = None,
-) -> Iterator[Step]:
-    """A step over hidden [b, t, c] that is committed at the end, or rolled back if anything raises.
+def open_step(cache: LazyCache, arrival: Arrival, *, layers: int) -> Iterator[Step]:
+    """A step over new columns that is committed at the end, or rolled back if anything raises.
 
     Args:
         cache: the cache to work on.
-        hidden: embeddings of the new tokens, padding included.
+        arrival: what the step brings.
         layers: number of layers of the model.
-        padding: 2-D mask [b, >= t], true where a real token stands; None = no padding.
-        position_ids: [b or 1, t]; None = counted on.
-        read_last: how many columns at the end will have their logits read, if the caller said so.
-        token_ids: [b, t] vocabulary ids, if they are known.
 
     Raises:
         CacheError: when the cache is in the middle of another step, or of another batch size.
-        InputError: for a mask or positions that cannot be.
+        InputError: for positions that cannot be.
     """
     with cache.claim("step"):
         mark = cache.mark()
         try:
-            cache.open_rows(hidden.shape[0], layers)
-            step = Step(cache, hidden, padding, position_ids, read_last, token_ids)
+            cache.open_rows(arrival.rows, layers)
+            cache.rows = arrival.told_apart(cache.rows)
+            step = Step(cache, arrival)
             yield step
             step.commit()
         except BaseException:
@@ -67,39 +56,36 @@ def open_step(
 class Step:
     """The tokens of a forward call on their way through the layers, all rows packed behind each other.
 
+    Rows of the batch that are one row of the cache, since nothing has told them apart yet, go this way once.
+
     Attributes:
-        rows: the cache's rows.
+        rows: the cache's rows, each once.
+        places: by row of the batch, which of `rows` it is.
         new: by row, the tokens this call brought.
         flight: by row, the tokens computed by the latest layer, ascending; before the first, `new`.
         reached: how many layers have computed the tokens in flight.
         states: [1, t, c] their hidden states, packed.
         token_positions: by row, the position [t] of every token.
-        is_prefill: whether the call brings more than one column, or the first.
+        is_prefill: whether it brings tokens of a prompt.
         selects: whether tokens are chosen anew in this step.
         most_revived: how many older tokens of a row the step may revive, None = any number.
         choices: by row, how the tokens that enter the present layer were chosen, for those who are told.
     """
 
-    def __init__(
-        self,
-        cache: LazyCache,
-        hidden: Tensor,
-        padding: Tensor | None,
-        position_ids: Tensor | None,
-        read_last: int | None,
-        token_ids: Tensor | None,
-    ) -> None:
+    def __init__(self, cache: LazyCache, arrival: Arrival) -> None:
         self.cache = cache
-        self.rows: list[Row] = cache.rows
-        self.batch, self.width, _ = hidden.shape
-        self.is_prefill = self.width > 1 or not cache.columns
-        self._read_last = read_last
+        self.rows: list[Row] = distinct(cache.rows)
+        self.places = [next(index for index, row in enumerate(self.rows) if row is one) for one in cache.rows]
+        arrival = arrival.of_rows([self.places.index(index) for index in range(len(self.rows))])
+        self.batch, self.width = arrival.rows, arrival.width
+        self.is_prefill = cache.is_prefill(self.width)
+        self._read_last = arrival.read_last
         self._parked: list[Parked] = []
         self._revived: list[list[Tensor]] = [[] for _ in self.rows]
         self._evicted: list[tuple[int, int, Tensor]] = []
-        self._real = self._real_columns(padding)
-        self.states = self._pack(hidden)
-        self.new = self._append(self._row_positions(position_ids), token_ids)
+        self._real = self._real_columns(arrival.padding)
+        self.states = self._pack(arrival.hidden)
+        self.new = self._append(self._row_positions(arrival.position_ids), arrival.token_ids)
         self.token_positions = [row.ledger.position for row in self.rows]
         self.flight = self.new
         self.choices: dict[int, Choice] = {}
@@ -119,11 +105,6 @@ class Step:
         everything = torch.arange(self.width)
         if padding is None:
             return [everything] * self.batch
-        if padding.ndim != 2 or padding.shape[0] != self.batch or padding.shape[1] < self.width:
-            raise InputError(
-                f"the attention mask must be 2-D, {self.batch} rows by at least {self.width} columns, "
-                f"got shape {tuple(padding.shape)}"
-            )
         recent = padding[:, -self.width :].cpu().bool()
         return [everything[row] for row in recent]
 
@@ -141,9 +122,8 @@ class Step:
             if positions.numel() and positions[0] <= last:
                 positions = positions - positions[0] + last + 1
             if not bool((positions.diff() > 0).all()):
-                raise InputError(
-                    f"positions of row {index} must rise from token to token, got {positions.tolist()[:16]}"
-                )
+                place, got = self.places.index(index), positions.tolist()[:16]
+                raise InputError(f"positions of row {place} must rise from token to token, got {got}")
             rows.append(positions)
         return rows
 
@@ -168,8 +148,16 @@ class Step:
         return new
 
     def _selects(self) -> bool:
-        generated = max(len(row.ledger) - row.reply_start for row in self.rows)
-        return self.cache.policy.prunes and (self.is_prefill or self.cache.policy.selects_in_decode(generated))
+        policy = self.cache.policy
+        if self.is_prefill or not policy.prunes:
+            return policy.prunes
+        replied = max(map(self.replied, range(len(self.rows))), key=lambda numbers: numbers[-1])
+        return any(map(policy.selects_in_decode, replied))
+
+    def replied(self, row: int) -> range:
+        """Which tokens of a row's reply the step brings, counted from 1; only 0 in a prefill."""
+        length = len(self.rows[row].ledger) - self.rows[row].reply_start
+        return range(length - max(self.new[row].numel(), 1) + 1, length + 1) if not self.is_prefill else range(1)
 
     # -- the way through the layers ------------------------------------------------------------------
 
@@ -265,7 +253,11 @@ class Step:
 
     def view(self, layer: int, visible: list[Tensor]) -> LayerView:
         """The cache as `layer` sees it."""
-        return LayerView(self.cache, layer, self.flight, visible)
+        return self.view_of(layer, self.flight, visible)
+
+    def view_of(self, layer: int, todo: list[Tensor], visible: list[Tensor]) -> LayerView:
+        """The cache as `layer` sees it when it computes other tokens than those in flight."""
+        return LayerView(self.rows, self.cache.policy, layer, todo, visible)
 
     def receive(self, place: slice, states: Tensor) -> None:
         """Takes the layer's output [1, t, c] for the packed tokens at `place`."""
@@ -313,6 +305,11 @@ class Step:
         Raises:
             InputError: when such a place will be read and `allow_missing` is not set.
         """
+        output = self._unpacked(allow_missing)
+        return output if len(self.places) == len(self.rows) else output[self.places]
+
+    def _unpacked(self, allow_missing: bool) -> Tensor:
+        """The same for each row of the cache once."""
         packed = self.states[0].split(token_counts(self.flight))
         reached = [tokens[tokens >= self._first_new(row)] for row, tokens in enumerate(self.flight)]
         for row, states in enumerate(packed):
@@ -347,9 +344,10 @@ class Step:
             asked = self.new[row][self._real[row] >= self._first_read]
             missing = asked[~torch.isin(asked, tokens)]
             if missing.numel():
+                place = self.places.index(row)
                 raise InputError(
-                    f"logits were asked for {asked.numel()} positions of row {row}, but {missing.numel()} of them were "
-                    f"pruned and have none (tokens {missing.tolist()[:8]}...). Ask for the last ones only "
+                    f"logits were asked for {asked.numel()} positions of row {place}, but {missing.numel()} of them "
+                    f"were pruned and have none (tokens {missing.tolist()[:8]}...). Ask for the last ones only "
                     "(logits_to_keep=1), protect them with Protect(spans=[(start, stop)]), or take NaN in their place "
                     "with attached(missing='nan')"
                 )

@@ -2,7 +2,7 @@
 
 from lazyllm.costs.calibrate import calibrate
 from lazyllm.costs.device import Device, Rate
-from lazyllm.costs.predict import Cost, Prediction, Seconds, entering_tokens, predict
+from lazyllm.costs.predict import Cost, Prediction, Seconds, entering_tokens, full_below_break_even, predict
 from lazyllm.costs.shape import ModelShape
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Seconds",
     "calibrate",
     "entering_tokens",
+    "full_below_break_even",
     "predict",
 ]

@@ -16,6 +16,7 @@ from lazyllm.errors import InputError
 from lazyllm.models.flops import causal_pairs
 from lazyllm.policies.base import Keep, Phase, Scorer, layer_number, tokens_of
 from lazyllm.policies.query import query_tokens
+from lazyllm.policies.schedules import FullBelow
 from lazyllm.policies.select import Selector
 
 MEASURED_KEPT = (0.48, 0.22)
@@ -208,6 +209,18 @@ def predict(
         layer_limit=shape.layers / whole if whole else None,
         notes=model.notes(),
     )
+
+
+def full_below_break_even(config: LazyConfig, prediction: Prediction) -> LazyConfig:
+    """The configuration with prompts that are too short to pay run dense, as predicted for a model and a device.
+
+    Raises:
+        InputError: when no length pays.
+    """
+    least = prediction.break_even_tokens
+    if least is None:
+        raise InputError(f"pruning pays at no length on {prediction.device}; take the preset dense")
+    return config.model_copy(update={"schedule": FullBelow.at_least(least, config.schedule)})
 
 
 def entering_tokens(

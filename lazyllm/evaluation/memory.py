@@ -89,8 +89,8 @@ class SizeTrace(Callback):
         """Counts what a layer computed."""
         if event.layer == 0:
             self._computed = self._revived = 0
-        self._computed += sum(row.computed.numel() for row in event.rows)
-        self._revived += sum(row.revived.numel() for row in event.rows)
+        self._computed += sum(row.work for row in event.rows)
+        self._revived += sum(row.revived.numel() for row in event.rows if not row.shared)
 
     def on_step_end(self, event: StepEnd) -> None:
         """Notes the step."""

@@ -22,8 +22,9 @@ from lazyllm.errors import InputError
 from lazyllm.evaluation.fidelity import divergence, token_agreement, top1_agreement
 from lazyllm.evaluation.metrics import rouge_l
 from lazyllm.evaluation.tasks import Item
+from lazyllm.generation import Options
 from lazyllm.pipeline import LazyPipeline
-from lazyllm.prompts import EncodedPrompt, Prompt, end_token_ids, tokens_touching
+from lazyllm.prompts import EncodedPrompt, Prompt, tokens_touching
 
 STOCK = "stock"
 """Name of the unmodified model, which everything is compared with."""
@@ -415,7 +416,7 @@ def _force(start: _Start, tokens: Sequence[int]) -> _Forced:
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
     """The tokens that end a reply."""
-    return [*end_token_ids(model, {}), tokenizer.eos_token_id]
+    return [*Options({}, model).end_token_ids, tokenizer.eos_token_id]
 
 
 @dataclass(frozen=True)

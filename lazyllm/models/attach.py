@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback
 from lazyllm.models.attention import ATTENTION_NAME
 from lazyllm.models.families import DecoderContract, contract_of, try_layers
@@ -51,11 +52,22 @@ def attached(
 def _note_call(stack: LazyStack) -> Any:
     """A forward pre-hook that tells the stack the token ids, and which logits the caller will read; 0 means all."""
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = _without_held(kwargs)
         stack.token_ids = kwargs.get("input_ids", args[0] if args else None)
         stack.logits_to_keep = kwargs.get("logits_to_keep", 0)
+        return args, kwargs
 
     return note
+
+
+def _without_held(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call without the columns its cache holds: assisted decoding begins with the whole sequence all the same."""
+    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    if not isinstance(cache, LazyCache) or ids is None or not cache.repeats(ids.shape[1]):
+        return kwargs
+    parts = {name: kwargs[name] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
+    return {**kwargs, **{name: part[..., cache.columns :] for name, part in parts.items()}}
 
 
 @contextmanager

@@ -1,12 +1,17 @@
 """A short name for a model's weights, so that what was made with one model is not used with another."""
 
+from collections.abc import Iterator
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES = 16
 """How many numbers of each parameter are looked at."""
+NO_SETTINGS = ("_name_or_path", "transformers_version")
+"""What a model's configuration says that changes no result."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -28,3 +33,18 @@ def _sample(parameter: Tensor) -> bytes:
         return b""
     places = torch.linspace(0, parameter.numel() - 1, SAMPLES, dtype=torch.float64, device=parameter.device).long()
     return parameter.detach().reshape(-1)[places].double().cpu().numpy().tobytes()
+
+
+def settings_of(model: PreTrainedModel) -> Iterator[Any]:
+    """What a model computes with besides its weights: positions, windows, its attention kernel, its end tokens."""
+    config = model.config.to_dict()
+    yield {name: value for name, value in config.items() if name not in NO_SETTINGS}
+    yield model.config._attn_implementation
+    yield getattr(model.generation_config, "eos_token_id", None)
+
+
+def reading_of(tokenizer: PreTrainedTokenizerBase) -> Iterator[Any]:
+    """What a tokenizer makes of a text."""
+    yield tokenizer.chat_template
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    yield tokenizer.get_vocab() if backend is None else backend.to_str()

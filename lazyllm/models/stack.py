@@ -6,12 +6,14 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lazyllm.caches.arrival import Arrival
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.step import Step, open_step
 from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEnd
@@ -67,21 +69,22 @@ class LazyStack(nn.Module):
     ) -> Tensor:
         """Hidden states [b, t, c] to the last layer's output [b, n, c]; NaN where a token was pruned.
 
-        n is t, or as many columns at the end as the caller of the model said it would read (`logits_to_keep`).
+        n is t, or as many columns at the end as the caller of the model said it would read (`logits_to_keep`). Where
+        the call brings the end of a prompt and candidates for its reply, that is a prefill and a decode step.
         """
         cache = self._admit(past_key_values, hidden_states)
-        keep = self.logits_to_keep if isinstance(self.logits_to_keep, int) else None
-        with open_step(
-            cache,
-            hidden_states,
-            layers=len(self.layers),
-            padding=attention_mask,
-            position_ids=position_ids,
-            read_last=keep,
-            token_ids=self.token_ids,
-        ) as step:
+        keep = (self.logits_to_keep or None) if isinstance(self.logits_to_keep, int) else None
+        arrival = Arrival(hidden_states, attention_mask, position_ids, self.token_ids, keep)
+        outputs = [self._step(cache, part, kwargs) for part in arrival.parts(cache.prompt_left)]
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.cat(outputs, dim=1)[:, -(keep or arrival.width) :]
+
+    def _step(self, cache: LazyCache, arrival: Arrival, kwargs: dict[str, Any]) -> Tensor:
+        """The layer loop over new columns, to output [b, n, c]."""
+        with open_step(cache, arrival, layers=len(self.layers)) as step:
             self._tell_start(step)
-            rope, masks = None, RowMasks(hidden_states.device)
+            rope, masks = None, RowMasks(arrival.hidden.device)
             visible = self.selector.first(step, partial(self._peek, step, 0, masks=masks, options=kwargs))
             noted: deque[Captured] = deque(maxlen=self.selector.reads_layers)
             for i, layer in enumerate(self.layers):
@@ -117,11 +120,9 @@ class LazyStack(nn.Module):
             )
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise InputError("lazyllm is for inference: call the model under torch.no_grad() or torch.inference_mode()")
-        longest = self.contract.max_positions
-        if hidden.shape[1] > 1 and longest is not None and cache.columns + hidden.shape[1] > longest:
-            raise InputError(
-                f"the prompt has {cache.columns + hidden.shape[1]} tokens, the model has positions for {longest}"
-            )
+        longest, length = self.contract.max_positions, cache.columns + (cache.prompt_left or hidden.shape[1])
+        if longest is not None and length > longest and cache.is_prefill(hidden.shape[1]):
+            raise InputError(f"the prompt has {length} tokens, the model has positions for {longest}")
         cache.bind(self.contract.decoder)
         return cache
 
@@ -171,7 +172,7 @@ class LazyStack(nn.Module):
         hidden = self.contract.to_layer(states, layer)
         positions = step.positions(todo)
         rope = self.contract.rope(hidden, positions)[self.contract.rope_types[layer]]
-        view = LayerView(step.cache, layer, todo, visible).peeking()
+        view = step.view_of(layer, todo, visible).peeking()
         plan = self._plan(step, view, layer, masks, captured := Captured())
         plan.peeks = True
         with suppress(Peeked):
@@ -181,14 +182,14 @@ class LazyStack(nn.Module):
 
     def _tell_start(self, step: Step) -> None:
         if step.is_prefill:
-            event = PrefillStart(tuple(tokens.numel() for tokens in step.new), len(self.layers))
+            event = PrefillStart(tuple(step.new[place].numel() for place in step.places), len(self.layers))
             for callback in self.callbacks:
                 callback.on_prefill_start(event)
 
     def _tell_layer(self, step: Step, view: LayerView, layer: int, visible: list[Tensor]) -> None:
         if not self.callbacks:
             return
-        rows = tuple(
+        traces = [
             RowTrace(
                 visible=seen,
                 computed=todo,
@@ -197,6 +198,10 @@ class LazyStack(nn.Module):
                 choice=step.choices.get(index),
             )
             for index, (row, seen, todo, new) in enumerate(zip(step.rows, visible, view.todo, step.new, strict=True))
+        ]
+        rows = tuple(
+            traces[place] if place not in step.places[:index] else replace(traces[place], shared=True)
+            for index, place in enumerate(step.places)
         )
         event = LayerEnd(layer=layer, layers=len(self.layers), is_prefill=step.is_prefill, rows=rows)
         for callback in self.callbacks:
@@ -207,8 +212,8 @@ class LazyStack(nn.Module):
             return
         event = StepEnd(
             is_prefill=step.is_prefill,
-            context_tokens=tuple(len(row.ledger) for row in step.rows),
-            new_tokens=tuple(tokens.numel() for tokens in step.new),
+            context_tokens=tuple(len(step.rows[place].ledger) for place in step.places),
+            new_tokens=tuple(step.new[place].numel() for place in step.places),
             kv_bytes=step.cache.kv_bytes,
             aux_bytes=step.cache.aux_bytes,
         )

@@ -55,7 +55,7 @@ class StepTrace:
     """The cache behind a step, and how tokens were chosen in it.
 
     Attributes:
-        is_prefill: whether the step brought more than one token.
+        is_prefill: whether the step brought tokens of the prompt.
         depths: [t] how many layers have computed each token so far.
         kv_bytes, aux_bytes: what the cache holds.
         revived: tokens of earlier steps that were computed, ascending.

@@ -241,7 +241,7 @@ class Phase:
     """What a schedule may look at.
 
     Attributes:
-        is_prefill: whether many tokens are new, or one.
+        is_prefill: whether tokens of a prompt are new, or of a reply.
         context_tokens: how long the context is.
         asked: whether the prompt asks something.
     """

@@ -33,8 +33,8 @@ class Evictor:
         return self.eviction.scorer.needs_attention and any(self._acts(step, row) for row in range(len(step.rows)))
 
     def _acts(self, step: Step, index: int) -> bool:
-        row = step.rows[index]
-        return self.eviction.acts(is_prefill=step.is_prefill, generated=len(row.ledger) - row.reply_start)
+        acts = self.eviction.acts
+        return any(acts(is_prefill=step.is_prefill, generated=number) for number in step.replied(index))
 
     def evict(self, step: Step, layer: int, readings: Readings) -> None:
         """Marks what falls out of every row's store at `layer`; it is dropped when the step is done."""

@@ -23,8 +23,8 @@ from lazyllm.models.fingerprint import fingerprint
 from lazyllm.models.flops import flop_model
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.schedules.tuned import Measured
+from lazyllm.prompt_files import NamedPrompt
 from lazyllm.result import StepRecorder, step_flops
-from lazyllm.tuning.prompts import NamedPrompt
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
 from lazyllm.policies.schedules.tuned import Measured, Tuned, TunedFile
+from lazyllm.prompt_files import NamedPrompt
 from lazyllm.tuning.fidelity import Fidelity, Reference
-from lazyllm.tuning.prompts import NamedPrompt, split
+from lazyllm.tuning.prompts import split
 from lazyllm.tuning.space import RULES, Space
 
 NAME = "lazyllm tune"

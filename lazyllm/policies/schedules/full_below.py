@@ -1,5 +1,7 @@
 """Short prompts run dense."""
 
+from __future__ import annotations
+
 from typing import Annotated
 
 from pydantic import Field
@@ -22,3 +24,10 @@ class FullBelow(Schedule):
     def cuts(self, layers: int, phase: Phase) -> dict[int, Keep]:
         """Those of `schedule`, or none."""
         return self.schedule.cuts(layers, phase) if phase.context_tokens >= self.length else {}
+
+    @classmethod
+    def at_least(cls, length: int, schedule: Schedule) -> FullBelow:
+        """`schedule` for contexts of `length` tokens or more; of two lengths the longer one holds."""
+        if isinstance(schedule, cls):
+            return cls(length=max(length, schedule.length), schedule=schedule.schedule)
+        return cls(length=length, schedule=schedule)

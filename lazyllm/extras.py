@@ -1,4 +1,4 @@
-"""Packages that only some studies need."""
+"""Packages that only some uses need."""
 
 from __future__ import annotations
 
