@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from os.path import commonprefix
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,9 +21,13 @@ from lazyllm.policies.query import AUTO_TOKENS, Query, TokenRange, Unit
 
 Message = Mapping[str, Any]
 Prompt = Any
-"""A string, token ids (list or 1-D tensor), or a list of chat messages; or a list of these for a batch."""
+"""A string, token ids (list or 1-D tensor), a list of chat messages, or what `pipe.encode` gave; or a list of these for
+a batch."""
 
 CharRange = tuple[int, int]
+
+PLACEHOLDER = "\ue000"
+"""Stands for a text where only its place is wanted; a character that no text has."""
 
 BLANK_LINE = r"\n\s*\n"
 SEPARATORS: dict[Unit, str] = {
@@ -49,12 +55,14 @@ class EncodedPrompt:
         marks: which of them are protected, and which ask.
         text: the prompt as the tokenizer got it; None when only ids were given.
         offsets: by token, its characters (start, stop) in the text; empty when the tokenizer does not tell.
+        user: tokens of what the user said last, None outside of chats.
     """
 
     token_ids: list[int]
     marks: PromptMarks
     text: str | None = None
     offsets: Sequence[CharRange] = ()
+    user: TokenRange | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class _Text:
         text: all of it; None when only ids were given.
         token_ids: its tokens.
         offsets: by token, its characters; empty when the tokenizer does not tell.
-        system: characters of the system messages.
+        system: characters of the system messages, and of tool definitions.
         user: characters of the last user turn, None outside of chats.
     """
 
@@ -156,11 +164,13 @@ def check_not_blank(text: str, name: str) -> str:
 def encode(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, protect: Protect, query: Query | None
 ) -> EncodedPrompt:
-    """Tokenises one prompt, and finds its protected spans and its query.
+    """Tokenises one prompt, and finds its protected spans and its query; one that is encoded stays as it is.
 
     Raises:
         InputError: for an empty prompt, one of no known kind, text without a tokenizer, an absent span or query.
     """
+    if isinstance(prompt, EncodedPrompt):
+        return prompt
     if isinstance(prompt, (str, Sequence)) and not len(prompt):
         raise InputError(f"the prompt is empty ({prompt!r}); give at least one token")
     if isinstance(prompt, Tensor) or (isinstance(prompt, Sequence) and isinstance(prompt[0], int)):
@@ -185,13 +195,48 @@ def encode_chat_text(
     return _marked(_read(text, messages, tokenizer), protect, query)
 
 
+def encode_turn(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    protect: Protect,
+    query: Query | None,
+    *,
+    said: str,
+    tools: Sequence[Any] = (),
+) -> EncodedPrompt:
+    """Tokenises a conversation whose last message ends in `said`; what a user says there is where the query is sought.
+
+    Tool definitions count as a system message. They and `said` are found by rendering the conversation without them.
+
+    Raises:
+        InputError: when there is no template, or it fails; for an absent span or query.
+    """
+    text = render(messages, tokenizer, tools)
+    known = _read(text, messages, tokenizer)
+    if messages[-1]["role"] == "user":
+        rest = str(messages[-1]["content"]).removesuffix(said)
+        other = [*messages[:-1], {**messages[-1], "content": rest + PLACEHOLDER}]
+        known = replace(known, user=added(text, render(other, tokenizer, tools)))
+    if tools:
+        known = replace(known, system=(*known.system, added(text, render(messages, tokenizer))))
+    return _marked(known, protect, query)
+
+
+def added(text: str, other: str) -> CharRange:
+    """Which characters `text` has where `other` has none or others: from the first difference to the last."""
+    start = len(commonprefix([text, other]))
+    same = len(commonprefix([text[start:][::-1], other[start:][::-1]]))
+    return start, len(text) - same
+
+
 def _marked(known: _Text, protect: Protect, query: Query | None) -> EncodedPrompt:
     """The prompt with its protected spans and its query."""
     protected = [_range("protected", span, known) for span in protect.spans]
     if protect.system:
         protected += known.ranges(known.system)
     marks = PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known), UnitStarts(known))
-    return EncodedPrompt(known.token_ids, marks, known.text, known.offsets)
+    user = None if known.user is None else known.tokens(known.user)
+    return EncodedPrompt(known.token_ids, marks, known.text, known.offsets, user)
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> PreTrainedTokenizerBase:
@@ -207,16 +252,29 @@ def _tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> _Text:
     if isinstance(prompt, str):
         text = prompt
     elif isinstance(prompt, Sequence) and all(isinstance(part, Mapping) and "role" in part for part in prompt):
-        if tokenizer.chat_template is None:
-            raise InputError("the tokenizer has no chat template; give the prompt as text")
         messages = list(prompt)
-        text = str(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True))
+        text = render(messages, tokenizer)
     else:
         raise InputError(
             "a prompt is a string, a list of token ids or a list of chat messages with a 'role', "
             f"not {type(prompt).__name__}: {repr(prompt)[:80]}"
         )
     return _read(text, messages, tokenizer)
+
+
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] = ()) -> str:
+    """The text that the tokenizer's chat template makes of messages, up to where the reply begins.
+
+    Raises:
+        InputError: when there is no template, or it fails.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template; give the prompt as text")
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options))
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"the chat template fails for these messages: {error}") from error
 
 
 def _read(text: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> _Text:
@@ -364,6 +422,13 @@ def _range(kind: str, span: TokenRange | str, known: _Text) -> TokenRange:
     if tokens is None:
         raise InputError(f"the {kind} substring {span!r} does not occur in the prompt")
     return tokens
+
+
+def rows_per_prompt(model: PreTrainedModel, options: Mapping[str, Any]) -> int:
+    """How many rows `generate(**options)` makes of one prompt: beams, or samples."""
+    config = options.get("generation_config") or model.generation_config
+    counts = [options.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")]
+    return max(counts)
 
 
 def end_token_ids(model: PreTrainedModel, options: Mapping[str, Any]) -> list[int]:

@@ -27,6 +27,7 @@ class GenerationStats:
     Attributes:
         layers: number of layers.
         prompt_tokens, new_tokens: length of the prompt and of the reply.
+        reused_tokens: how many of the prompt's tokens the cache held when the call began.
         ttft_seconds: from the call to the first new token, tokenisation included.
         seconds_per_output_token: mean time from one new token to the next; None for a single one.
         computed_fraction: layer-tokens computed / layer-tokens of a dense run over this call's new tokens; reviving
@@ -59,6 +60,7 @@ class GenerationStats:
     kv_bytes: int
     aux_bytes: int
     peak_bytes: int
+    reused_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -146,13 +148,20 @@ def _pairs(row: RowTrace, window: int | None) -> int:
     return causal_pairs(queries, window) if queries == keys else queries * keys
 
 
+class Lengths(NamedTuple):
+    """Tokens of a prompt, how many of them a cache held before, and tokens of the reply."""
+
+    prompt: int
+    reused: int
+    new: int
+
+
 def make_stats(
     steps: list[list[StepCount]],
     costs: FlopModel,
     recorder: StepRecorder,
     *,
-    prompt_tokens: int,
-    new_tokens: int,
+    lengths: Lengths,
     token_times: list[float],
     started: float,
     peak_bytes: int,
@@ -168,8 +177,9 @@ def make_stats(
     reading = recorder.reading_flops * len(steps) // recorder.rows if recorder.rows else 0
     return GenerationStats(
         layers=layers,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        prompt_tokens=lengths.prompt,
+        reused_tokens=lengths.reused,
+        new_tokens=lengths.new,
         ttft_seconds=token_times[0] - started,
         seconds_per_output_token=(token_times[-1] - token_times[0]) / gaps if gaps else None,
         computed_fraction=_computed_fraction(everything, layers),

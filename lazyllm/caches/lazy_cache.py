@@ -64,6 +64,11 @@ class LazyCache(Cache):
         elif self._decoder() is not decoder:
             raise CacheError("this cache was filled by another model; make one with new_cache() of this pipeline")
 
+    def has_model_of(self, other: LazyCache) -> bool:
+        """Whether both are bound to the same model."""
+        decoder = None if self._decoder is None else self._decoder()
+        return decoder is not None and other._decoder is not None and decoder is other._decoder()
+
     def fingerprint(self) -> str | None:
         """Of the decoder the cache is bound to; None before its first step.
 
@@ -218,11 +223,15 @@ class LazyCache(Cache):
         twin._decoder = self._decoder
         return twin
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, note: str = "") -> Path:
         """Writes the cache to one file in the safetensors format, which `pipe.load_cache` reads.
 
         What was at `path` before stays until the new file is complete. Takes the bytes of the cache once more in CPU
         memory while it writes.
+
+        Args:
+            path: the file.
+            note: anything that belongs to the cache, kept and checked with it.
 
         Raises:
             CacheError: in the middle of a step, when the model is gone, or when the file cannot be written.
@@ -230,7 +239,7 @@ class LazyCache(Cache):
         from lazyllm.caches.saved import save_cache  # which needs this class
 
         self._refuse_mid_step()
-        return save_cache(self, path)
+        return save_cache(self, path, note=note)
 
     def _refuse_mid_step(self) -> None:
         if "step" in self._claims:

@@ -30,7 +30,7 @@ from lazyllm.errors import CacheError
 from lazyllm.models.fingerprint import fingerprint
 from lazyllm.policies.base import explain
 
-VERSION = 1
+VERSION = 2
 DOCUMENT, DIGEST = "lazyllm_cache", "lazyllm_digest"
 """Keys of the file's metadata."""
 
@@ -63,6 +63,7 @@ class SavedCache(BaseModel):
         marks: what is known about prompts, each set once.
         prompts: by prompt, which of the marks are its own.
         rows: the rows.
+        note: what else was to be kept with it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,10 +76,11 @@ class SavedCache(BaseModel):
     marks: list[PromptMarks]
     prompts: list[int]
     rows: list[SavedRow]
+    note: str = ""
 
 
-def save_cache(cache: LazyCache, path: str | Path) -> Path:
-    """Writes a cache to `path`, in one piece: to a file beside it first, which then takes its place.
+def save_cache(cache: LazyCache, path: str | Path, *, note: str = "") -> Path:
+    """Writes a cache and a note to `path`, in one piece: to a file beside it first, which then takes its place.
 
     Raises:
         CacheError: when the file cannot be written, or the cache's model is gone.
@@ -89,7 +91,7 @@ def save_cache(cache: LazyCache, path: str | Path) -> Path:
         for index, row in enumerate(cache.rows)
         for name, tensor in row.state().items()
     }
-    document = _describe(cache).model_dump_json()
+    document = _describe(cache, note).model_dump_json()
     unfinished = path.parent / f".{path.name}.{uuid4().hex}"
     try:
         save_file(tensors, unfinished, {DOCUMENT: document, DIGEST: _digest(document, tensors)})
@@ -102,7 +104,7 @@ def save_cache(cache: LazyCache, path: str | Path) -> Path:
     return path
 
 
-def _describe(cache: LazyCache) -> SavedCache:
+def _describe(cache: LazyCache, note: str) -> SavedCache:
     known: list[PromptMarks] = []
     prompts = [_place(marks, known) for marks in cache.marks]
     rows = [
@@ -118,6 +120,7 @@ def _describe(cache: LazyCache) -> SavedCache:
         marks=[{**vars(marks), "starts": dict(marks.starts)} for marks in known],  # what was found, not the text
         prompts=prompts,
         rows=rows,
+        note=note,
     )
 
 
@@ -128,8 +131,10 @@ def _place(marks: PromptMarks, known: list[PromptMarks]) -> int:
     return known.index(marks)
 
 
-def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, devices: Sequence[torch.device]) -> LazyCache:
-    """The cache that `save_cache` wrote to `path`.
+def load_cache(
+    path: str | Path, policy: CachePolicy, decoder: nn.Module, devices: Sequence[torch.device]
+) -> tuple[LazyCache, str]:
+    """The cache that `save_cache` wrote to `path`, and its note.
 
     Args:
         path: the file.
@@ -163,7 +168,7 @@ def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, device
         row.load_state(by_row[str(number)], devices)
         row.reply_start, row.retreated = saved.reply_start, saved.retreated
         cache.rows.append(row)
-    return cache
+    return cache, said.note
 
 
 def _read(path: Path) -> tuple[SavedCache, dict[str, Tensor]]:
