@@ -73,7 +73,7 @@ class PrefixStats:
     bytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     """What one call has left."""
 
@@ -160,8 +160,10 @@ class PrefixCache:
         return None if best is None or min(shared[best], len(token_ids) - 1) < self.min_tokens else known[best]
 
     def put(self, cache: LazyCache, config: LazyConfig) -> None:
-        """Stores a cache that is not used otherwise from here on."""
+        """Stores a cache that is not used otherwise from here on, unless it alone is too large."""
         new = _Entry(cache, config, held_ids(cache).clone())
+        if new.bytes > self.max_bytes:
+            return
         with self._lock:
             self._entries = [entry for entry in self._entries if not entry.begins(new)]
             if not any(new.begins(entry) for entry in self._entries):
