@@ -165,6 +165,15 @@ class Conversation:
         self._state = _State(pipe.bound_cache() if loaded is None else loaded.cache.fork())
         self._busy = threading.Lock()
 
+    @classmethod
+    def restored(
+        cls, pipe: LazyPipeline, opening: Opening, overflow: Overflow, cache: LazyCache, turns: Sequence[Turn]
+    ) -> Conversation:
+        """A conversation that goes on after `turns`, which `cache` holds as far as they are computed."""
+        chat = cls(pipe, overflow=overflow)
+        chat._opening, chat._state = opening, _State(cache, tuple(turns))
+        return chat
+
     # -- asking ------------------------------------------------------------------------------------
 
     def ask(
@@ -222,7 +231,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """A conversation that goes on from here by itself; both share their memory until one of them writes."""
-        return self._with(_State(self._state.cache.fork(), self._state.turns))
+        return Conversation.restored(self._pipe, self.opening, self.overflow, self.cache.fork(), self.turns)
 
     def save(self, path: str | Path) -> Path:
         """Writes messages, statistics and cache to one file, which `pipe.load_conversation` reads.
@@ -260,13 +269,6 @@ class Conversation:
         return f"Conversation(turns={len(self.turns)}, cache={self.cache})"
 
     # -- helpers -----------------------------------------------------------------------------------
-
-    def _with(self, state: _State) -> Conversation:
-        """A conversation with the same beginning."""
-        twin: Conversation = object.__new__(Conversation)
-        twin.overflow, twin._pipe, twin._opening = self.overflow, self._pipe, self._opening
-        twin._state, twin._busy = state, threading.Lock()
-        return twin
 
     def _begin(self) -> None:
         if not self._busy.acquire(blocking=False):
@@ -307,10 +309,10 @@ class Conversation:
         if encoded is None:
             raise InputError(f"a conversation begins with a user's message, not with one of role {asked['role']!r}")
         slides = self.overflow == "slide"
-        hint = "even without earlier turns" if slides else "overflow='slide' lets go of the oldest turns, undo() of the last"
+        hint = "" if slides else "; overflow='slide' would let go of the oldest turns"
         raise InputError(
-            f"the context is full: the conversation has {len(encoded.token_ids)} tokens with this question, the reply may "
-            f"take max_new_tokens={new_tokens} more, and the model has positions for {longest}; {hint}"
+            f"the context is full: with this question{' alone' * slides} the conversation has {len(encoded.token_ids)} "
+            f"tokens, the reply may take max_new_tokens={new_tokens}, and the model has positions for {longest}{hint}"
         )
 
     def _choices(self, asked: Message) -> list[int]:

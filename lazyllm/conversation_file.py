@@ -14,9 +14,6 @@ from lazyllm.policies.base import explain
 if TYPE_CHECKING:
     from lazyllm.pipeline import LazyPipeline
 
-VERSION = 1
-
-
 class SavedConversation(BaseModel):
     """What is said about a conversation beside its cache.
 

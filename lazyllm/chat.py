@@ -1,0 +1,394 @@
+"""A conversation in a terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.box import SIMPLE
+from rich.cells import cell_len
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from lazyllm.callbacks import Callback, LayerEnd, PrefillStart
+from lazyllm.conversation import Conversation, Turn
+from lazyllm.errors import InputError, LazyLLMError, unknown
+from lazyllm.prompts import decode_text
+
+COMMANDS = {
+    "undo": ("", "takes the last turn back"),
+    "fork": ("[NAME]", "goes on in a copy of the conversation"),
+    "go": ("[NAME]", "goes to another copy; without a name, lists them"),
+    "save": ("PATH", "writes the conversation to a file, for --load"),
+    "stats": ("", "shows what each turn has cost"),
+    "docs": ("", "lists the documents"),
+    "help": ("", "shows this"),
+    "quit": ("", "leaves; so do Ctrl-D, and Ctrl-C twice"),
+}
+"""Argument and help of every command."""
+FIRST = "main"
+"""Name of the conversation that there is at the start."""
+
+
+# -- documents ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A document and where it comes from."""
+
+    name: str
+    text: str
+
+    @property
+    def titled(self) -> str:
+        """The text under its name, so that questions can name it."""
+        return f"{self.name}:\n\n{self.text}"
+
+
+def read_documents(paths: Sequence[Path], *, left_out: Callable[[str], None]) -> list[NamedText]:
+    """The texts of files, and of all files in folders, in order of their names.
+
+    Args:
+        paths: files and folders.
+        left_out: told what in a folder is no text.
+
+    Raises:
+        InputError: for a path that does not exist, a file that is no text, or a folder without any.
+    """
+    return [text for path in paths for text in (_folder(path, left_out) if path.is_dir() else [_file(path)])]
+
+
+def _folder(folder: Path, left_out: Callable[[str], None]) -> list[NamedText]:
+    texts = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        try:
+            texts.append(_file(path, path.relative_to(folder)))
+        except InputError as error:
+            left_out(str(error))
+    if not texts:
+        raise InputError(f"the folder {str(folder)!r} holds no text file")
+    return texts
+
+
+def _file(path: Path, name: Path | None = None) -> NamedText:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the document {str(path)!r}: {error.strerror}") from None
+    return NamedText(str(name or path.name), decode_text(data, f"the document {str(path)!r}").strip())
+
+
+# -- writing -----------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """A model's text without characters that would control the terminal."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+
+
+class Wrapped:
+    """Writes text as it comes, and on a terminal breaks lines between words.
+
+    Args:
+        out: where to.
+        width: columns of the terminal; None = lines are left as they are.
+    """
+
+    def __init__(self, out: TextIO, width: int | None) -> None:
+        self._out, self._width = out, width
+        self._column, self._space = 0, ""
+
+    def write(self, piece: str) -> None:
+        """Writes a piece of text; space at its end waits for the next word."""
+        for part in re.findall(r"\n|[^\S\n]+|\S+", piece):
+            if part == "\n":
+                self._put("\n")
+                self._column, self._space = 0, ""
+            elif part.isspace():
+                self._space += part
+            else:
+                self._word(part)
+        self._out.flush()
+
+    def _word(self, word: str) -> None:
+        needed = cell_len(self._space) + cell_len(word)
+        if self._width is not None and self._column and self._column + needed > self._width:
+            self._put("\n")
+            self._column, self._space, needed = 0, "", cell_len(word)
+        self._put(self._space + word)
+        self._column, self._space = self._column + needed, ""
+
+    def _put(self, text: str) -> None:
+        self._out.write(text)
+
+    def end(self) -> None:
+        """Ends the line."""
+        self._out.write("\n")
+        self._out.flush()
+
+
+class LiveLine(Callback):
+    """A line that says how far the prompt is computed, until the reply begins; nothing where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._status = Status("reading", console=console) if console.is_terminal else None
+        self._began = time.perf_counter()
+        self._tokens = self._computed = self._revived = 0
+        if self._status is not None:
+            self._status.start()
+
+    def on_prefill_start(self, event: PrefillStart) -> None:
+        """Notes how much there is."""
+        self._tokens += sum(event.new_tokens)
+
+    def on_layer_end(self, event: LayerEnd) -> None:
+        """Shows one layer more."""
+        if self._status is None or not event.is_prefill:
+            return
+        self._computed += sum(row.computed.numel() for row in event.rows)
+        self._revived += sum(row.revived.numel() for row in event.rows)
+        share = self._computed / max(1, self._tokens * (event.layer + 1))
+        seconds = time.perf_counter() - self._began
+        self._status.update(
+            f"layer {event.layer + 1}/{event.layers}, {seconds:.1f} s, computed {share:.0%}, revived {self._revived:,}"
+        )
+
+    def stop(self) -> None:
+        """Takes the line away."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def cost_line(turn: Turn) -> str:
+    """What a turn has cost, in a line."""
+    stats = turn.stats
+    parts = [
+        f"TTFT {stats.ttft_seconds:.2f} s",
+        f"computed {stats.computed_fraction:.1%}",
+        f"revived {stats.revived_tokens:,}",
+        f"reused {stats.reused_tokens:,} of {stats.prompt_tokens:,} tokens",
+    ]
+    if turn.rewritten_tokens:
+        parts.append(f"rewritten {turn.rewritten_tokens:,}")
+    if turn.forgotten_turns:
+        parts.append(f"without the {turn.forgotten_turns} oldest turns")
+    return ", ".join(parts)
+
+
+# -- the loop ----------------------------------------------------------------------------------------
+
+
+class Chat:
+    """Takes lines, asks or obeys, and writes replies to `out` and everything else to `notes`.
+
+    Args:
+        chat: the conversation to begin with.
+        documents: name and text of its documents.
+        options: of every reply.
+        out: where replies go.
+        notes: where all else goes.
+    """
+
+    def __init__(
+        self,
+        chat: Conversation,
+        *,
+        documents: Sequence[NamedText] = (),
+        options: Mapping[str, Any] | None = None,
+        out: TextIO | None = None,
+        notes: Console | None = None,
+    ) -> None:
+        self.chats, self.name = {FIRST: chat}, FIRST
+        self._documents, self._options = list(documents), dict(options or {})
+        self._out = out if out is not None else sys.stdout
+        self._notes = notes if notes is not None else Console(stderr=True)
+
+    @property
+    def chat(self) -> Conversation:
+        """The conversation that is spoken to."""
+        return self.chats[self.name]
+
+    @property
+    def prompt(self) -> str:
+        """What stands before a question."""
+        return "> " if len(self.chats) == 1 else f"{self.name}> "
+
+    def talk(self, read: Callable[[str], str | None]) -> None:
+        """Takes lines until there is none; an error costs its line alone, and Ctrl-C the reply."""
+        warned = False
+        while True:
+            try:
+                line = read(self.prompt)
+                warned = False
+                if line is None or not self.take(line):
+                    return
+            except KeyboardInterrupt:
+                if warned:
+                    return
+                warned = True
+                self._note("Ctrl-C again, or Ctrl-D, leaves")
+            except LazyLLMError as error:
+                self._note(f"lazyllm: {'; '.join(str(error).splitlines())}")
+
+    def take(self, line: str) -> bool:
+        """Answers a question or obeys a command; whether to go on.
+
+        Raises:
+            LazyLLMError: when that cannot be done.
+        """
+        line = line.encode("utf-8", "replace").decode("utf-8").strip()
+        if not line.startswith("/") or line.startswith("//"):
+            if line:
+                self._ask(line.removeprefix("/") if line.startswith("//") else line)
+            return True
+        name, _, argument = line[1:].partition(" ")
+        if name not in COMMANDS:
+            raise InputError(f"{unknown('command', name, COMMANDS)} A question that begins with / is written with //.")
+        if name != "quit":
+            getattr(self, f"_{name}")(argument.strip())
+        return name != "quit"
+
+    def _ask(self, text: str) -> None:
+        turns = len(self.chat.turns)
+        line = LiveLine(self._notes)
+        try:
+            stream = self.chat.stream(text, callbacks=[line], **self._options)
+            self._show(stream, line)
+        finally:
+            line.stop()
+        if len(self.chat.turns) > turns:
+            self._note(cost_line(self.chat.turns[-1]))
+        else:
+            self._note("stopped before the reply began; the question is taken back")
+
+    def _show(self, stream: Any, line: LiveLine) -> None:
+        """Writes a reply as it comes; Ctrl-C ends it where it is."""
+        writer = Wrapped(self._out, shutil.get_terminal_size().columns if self._out.isatty() else None)
+        begun = False
+        try:
+            for piece in stream:
+                line.stop()
+                begun = True
+                writer.write(printable(piece))
+        except KeyboardInterrupt:
+            stream.close()
+        finally:
+            line.stop()
+            if begun:
+                writer.end()
+
+    def _note(self, text: str) -> None:
+        self._notes.print(Text(text, style="" if self._notes.no_color else "dim"))
+
+    # -- commands ----------------------------------------------------------------------------------
+
+    def _undo(self, argument: str) -> None:
+        asked, _ = self.chat.undo()
+        self._note(f"taken back: {asked['content']}")
+
+    def _fork(self, argument: str) -> None:
+        name = argument or next(f"copy{number}" for number in range(1, 10_000) if f"copy{number}" not in self.chats)
+        if name in self.chats:
+            raise InputError(f"there is a conversation {name!r} already; /go {name} goes there")
+        self.chats[name] = self.chat.fork()
+        self.name = name
+        self._note(f"in {name}; /go {FIRST} goes back")
+
+    def _go(self, argument: str) -> None:
+        if not argument:
+            for name, chat in self.chats.items():
+                self._note(f"{'*' if name == self.name else ' '} {name}: {_count(len(chat.turns), 'turn')}")
+            return
+        if argument not in self.chats:
+            raise InputError(unknown("conversation", argument, self.chats))
+        self.name = argument
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            raise InputError("/save takes the path of a file")
+        self._note(f"saved as {self.chat.save(Path(argument).expanduser())}")
+
+    def _stats(self, argument: str) -> None:
+        table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
+        for column in ("turn", "tokens", "reused", "computed", "revived", "TTFT"):
+            table.add_column(column, justify="right", overflow="fold")
+        for number, turn in enumerate(self.chat.turns, start=1):
+            stats = turn.stats
+            table.add_row(
+                str(number), f"{stats.prompt_tokens:,}", f"{stats.reused_tokens:,}", f"{stats.computed_fraction:.0%}",
+                f"{stats.revived_tokens:,}", f"{stats.ttft_seconds:.2f} s",
+            )  # fmt: skip
+        self._notes.print(table)
+        cache = self.chat.cache
+        self._note(f"{cache.columns:,} tokens held, {(cache.kv_bytes + cache.aux_bytes) / 1e6:,.1f} MB")
+
+    def _docs(self, argument: str) -> None:
+        for document in self._documents:
+            self._note(f"{document.name}: {len(document.text):,} characters")
+        if not self._documents:
+            self._note("no documents")
+
+    def _help(self, argument: str) -> None:
+        for name, (arguments, said) in COMMANDS.items():
+            self._note(f"/{name} {arguments}".ljust(14) + said)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def typed(prompt: str) -> str | None:
+    """A line from the keyboard, to be edited while it is typed; None at the end.
+
+    Raises:
+        InputError: when it is not text.
+    """
+    import readline  # noqa: F401  # makes input() edit lines
+
+    try:
+        return input(prompt if sys.stdout.isatty() else "")
+    except EOFError:
+        return None
+    except UnicodeDecodeError:
+        raise InputError("what was typed is not UTF-8 text") from None
+
+
+def piped() -> Iterator[str]:
+    """The lines of stdin that are not blank.
+
+    Raises:
+        InputError: when there is none, or one is not text.
+    """
+    lines = [line for line in sys.stdin.buffer if line.strip()]
+    if not lines:
+        raise InputError("there is no question: stdin is empty")
+    for line in lines:
+        yield decode_text(line, "stdin")
+
+
+def run_chat(chat: Chat) -> None:
+    """Talks with the keyboard; of a pipe, takes the lines one by one and ends at the first error.
+
+    Raises:
+        LazyLLMError: of a pipe, what kept a line from being answered.
+    """
+    if sys.stdin.isatty():
+        chat.talk(typed)
+        return
+    for line in piped():
+        if not chat.take(line):
+            return
