@@ -23,6 +23,7 @@ from lazyllm.caches import (
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
+from lazyllm.conversation import Conversation, Turn
 from lazyllm.errors import (
     AttachError,
     CacheError,
@@ -76,6 +77,7 @@ from lazyllm.policies import (
     ValueWeightedAttention,
     WindowAttention,
 )
+from lazyllm.prefixes import PrefixCache, PrefixStats
 from lazyllm.result import GenerationResult, GenerationStats
 
 __version__ = "0.1.0"
@@ -97,6 +99,7 @@ __all__ = [
     "Combined",
     "ConfigError",
     "Constant",
+    "Conversation",
     "Cosine",
     "DenseCache",
     "DraftModel",
@@ -125,6 +128,8 @@ __all__ = [
     "PolicyError",
     "Pooled",
     "Power",
+    "PrefixCache",
+    "PrefixStats",
     "ProgressBar",
     "PromptMarks",
     "Protect",
@@ -143,6 +148,7 @@ __all__ = [
     "TokenBudget",
     "TokenTrace",
     "Tuned",
+    "Turn",
     "TwoHop",
     "Uniform",
     "UnsupportedModelError",
