@@ -261,7 +261,9 @@ def _write(
 @errors_as_lines()
 def chat_with(
     model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
-    document: Annotated[list[Path] | None, typer.Option(help="A text file or a folder of them; may be repeated.")] = None,
+    document: Annotated[
+        list[Path] | None, typer.Option(help="A text file or a folder of them; may be repeated.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,

@@ -14,6 +14,7 @@ from lazyllm.policies.base import explain
 if TYPE_CHECKING:
     from lazyllm.pipeline import LazyPipeline
 
+
 class SavedConversation(BaseModel):
     """What is said about a conversation beside its cache.
 

@@ -46,7 +46,7 @@ from tests.talks import (
     tokenizer,
 )
 from tests.test_saved import files_of_at_most
-from tests.tiny import LAYERS, tiny_model
+from tests.tiny import tiny_model
 
 DENSE = {"scorer": LastTokenAttention(), "schedule": Constant(1.0), "cache": AuxCache()}
 TOOLS = [{"name": "w50"}, {"name": "w51"}]
@@ -77,7 +77,7 @@ def test_a_turn_computes_what_is_new_and_what_it_revives():
     assert first.stats.reused_tokens == 0
     assert second.stats.reused_tokens == held == first.stats.prompt_tokens + 3
     new = second.stats.prompt_tokens - held
-    assert second.stats.tokens_per_layer[0][0].computed == new == len(["w0", "<end>", "user", ":", "w3", "?"]) + 3
+    assert second.stats.tokens_per_layer[0][0].computed == new == len(["w0", "end", "user", ":", "w3", "?"]) + 3
     assert second.stats.revived_tokens > 0
     assert [turn.rewritten_tokens for turn in chat.turns] == [0, 0]
 
@@ -119,7 +119,7 @@ def test_loaded_documents_are_gone_on_from():
     pipe = pipeline()
     messages = [{"role": "system", "content": "w60"}, {"role": "user", "content": f"{DOCUMENT}\n\n"}]
     loaded = SimpleNamespace(cache=pipe.bound_cache(), messages=messages)
-    ids = tokenizer()(f"system : w60 <end> user : {DOCUMENT}").input_ids
+    ids = tokenizer()(f"system : w60 end user : {DOCUMENT}").input_ids
     pipe.generate(ids, past_key_values=loaded.cache, **{**GREEDY, "max_new_tokens": 1})
     chat = pipe.conversation(documents=loaded)
     reply = chat.ask("w1 ?", **GREEDY)
@@ -139,9 +139,10 @@ def test_a_template_that_rewrites_earlier_replies_costs_what_stands_behind():
     second = chat.ask("w2 ?", **GREEDY)
     assert second.stats.reused_tokens == first.stats.prompt_tokens
     assert chat.turns[1].rewritten_tokens == held - first.stats.prompt_tokens == 3
-    assert held_ids(chat.cache)[: second.stats.prompt_tokens].tolist() == tokenizer()(
-        f"user : {DOCUMENT} w1 ? <end> assistant : <end> user : w2 ? <end> assistant :"
-    ).input_ids
+    assert (
+        held_ids(chat.cache)[: second.stats.prompt_tokens].tolist()
+        == tokenizer()(f"user : {DOCUMENT} w1 ? end assistant : end user : w2 ? end assistant :").input_ids
+    )
 
 
 def test_a_reply_that_is_not_written_as_it_was_generated_counts_as_rewritten():
@@ -218,7 +219,7 @@ def test_the_query_is_the_new_text_wherever_else_it_stands(text: str):
     for _ in range(2):
         chat.ask(text, callbacks=[Look()], **GREEDY)
         marks, stats = chat.cache.rows[0].marks, chat.turns[-1].stats
-        behind = len(tokenizer()("<end> assistant :").input_ids)
+        behind = len(tokenizer()("end assistant :").input_ids)
         end = stats.prompt_tokens - behind
         assert marks.query == ((end - len(text.split()), end),)
         assert marks.asked == ("?" in text)
@@ -248,7 +249,9 @@ def test_a_blank_question(text):
         talked(0).ask(text, **GREEDY)
 
 
-@pytest.mark.parametrize("message", [{"content": "w1"}, {"role": "user"}, {"role": "user", "content": ["w1"]}], ids=repr)
+@pytest.mark.parametrize(
+    "message", [{"content": "w1"}, {"role": "user"}, {"role": "user", "content": ["w1"]}], ids=repr
+)
 def test_a_message_of_no_known_kind(message):
     with pytest.raises(InputError, match="has a role and a content"):
         talked(0).ask(message, **GREEDY)
@@ -303,7 +306,9 @@ def test_a_full_context_is_refused_before_anything_runs():
     chat = pipeline().conversation(documents=DOCUMENT)
     chat.ask("w1 ?", **GREEDY)
     cache, needed = chat.cache, chat.turns[0].stats.prompt_tokens + 4 + 4 + 2 + 2
-    with pytest.raises(InputError, match=rf"has {needed} tokens.*max_new_tokens={257 - needed}.*positions for 256; .*slide"):
+    with pytest.raises(
+        InputError, match=rf"has {needed} tokens.*max_new_tokens={257 - needed}.*positions for 256; .*slide"
+    ):
         chat.ask("w2 ?", max_new_tokens=257 - needed, do_sample=False)
     assert chat.cache is cache
     chat.ask("w2 ?", max_new_tokens=256 - needed, do_sample=False)
@@ -349,7 +354,7 @@ def test_undo_takes_back_the_last_turn_and_keeps_the_document():
     assert chat.messages == expected.messages
     held = held_ids(chat.cache).tolist()
     assert held[: expected.cache.columns] == held_ids(expected.cache).tolist()
-    assert len(held) == expected.cache.columns + len(["w0", "<end>", "user", ":"])
+    assert len(held) == expected.cache.columns + len(["w0", "end", "user", ":"])
     chat.undo()
     assert chat.cache.columns == len(["user", ":"]) + 40
     assert chat.messages == []
@@ -431,8 +436,7 @@ def test_a_stream_yields_what_ask_returns():
     reply = twin.ask("w2 ?", **GREEDY)
     assert "".join(pieces).strip() == reply.text == stream.result.text
     assert chat.messages == twin.messages
-    same_tokens = held_ids(chat.cache).tolist() == held_ids(twin.cache).tolist()
-    assert same_tokens
+    assert held_ids(chat.cache).tolist() == held_ids(twin.cache).tolist()
 
 
 class Wait(Callback):
@@ -557,7 +561,6 @@ def test_a_loaded_conversation_goes_on_as_the_saved_one(tmp_path):
     one, other = chat.ask("w5 ?", **GREEDY), loaded.ask("w5 ?", **GREEDY)
     assert one.token_ids == other.token_ids
     assert one.stats.tokens_per_layer == other.stats.tokens_per_layer
-    assert loaded.load_again is None if hasattr(loaded, "load_again") else True
 
 
 def test_a_conversation_without_a_turn_is_saved_for_its_model(tmp_path):
@@ -627,7 +630,3 @@ def test_a_failing_write_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr("lazyllm.caches.saved.save_file", fail)
     with pytest.raises(CacheError, match="No space left on device"):
         talked(1).save(tmp_path / "chat")
-
-
-def test_layers_of_the_tiny_model_are_what_the_counts_above_assume():
-    assert LAYERS == 4

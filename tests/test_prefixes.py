@@ -104,26 +104,14 @@ def test_a_reply_is_found_by_the_next_turn():
     assert prefixes.stats.entries == 1, "the longer one stands in for the shorter one"
 
 
-def test_no_layer_computes_a_token_twice():
+def test_no_layer_computes_a_token_twice_along_a_chain_of_calls():
     trace, prefixes = TokenTrace(), PrefixCache(min_tokens=1)
-    pipe = LazyPipeline(tiny_model(), callbacks=[trace], **PRUNING)
-    for seed in (1, 2, 3):
-        pipe.generate(question(seed), prefixes=prefixes, **GREEDY)
-    document = [
-        (event.layer, token)
-        for step in trace.steps
-        for event in step
-        for token in event.rows[0].computed.tolist()
-        if token < 40
-    ]
-    assert len(document) > len(set(document)), "forks of the first entry both revive"
-    turns = [*question(1), 5, 6, 7]
-    trace.steps.clear()
-    kept = PrefixCache(min_tokens=1)
-    for prompt in (question(1), [*turns, 8, 9], [*turns, 8, 9, 10, 11]):
-        pipe.generate(prompt, prefixes=kept, **{**GREEDY, "max_new_tokens": 1})
+    pipe = LazyPipeline(tiny_model(), callbacks=[trace], **{**PRUNING, "cache": AuxCache(decode="reuse")})
+    for prompt in (question(1), [*question(1), 8, 9], [*question(1), 8, 9, 10, 11]):
+        pipe.generate(prompt, prefixes=prefixes, **{**GREEDY, "max_new_tokens": 1})
     work = [(event.layer, token) for step in trace.steps for event in step for token in event.rows[0].computed.tolist()]
-    assert len(work) == len(set(work))
+    assert len(work) == len(set(work)) > 46 * 2
+    assert any(event.rows[0].revived.numel() for step in trace.steps for event in step)
 
 
 def test_the_longest_beginning_is_taken_and_of_equals_the_latest():
@@ -180,7 +168,7 @@ def test_an_outcome_that_is_too_large_leaves_the_others_alone():
 
 
 def test_the_same_prompt_again_is_one_entry():
-    pipe, prefixes = LazyPipeline(tiny_model(), **PRUNING), PrefixCache(min_tokens=1)
+    pipe, prefixes = LazyPipeline(tiny_model(), **DENSE), PrefixCache(min_tokens=1)
     for new_tokens in (4, 4, 1):
         pipe.generate(question(1), prefixes=prefixes, **{**GREEDY, "max_new_tokens": new_tokens})
     assert prefixes.stats.entries == 1
