@@ -43,7 +43,8 @@ class LoadedDocument(Protocol):
     cache: LazyCache
 
     @property
-    def messages(self) -> Sequence[Message]: ...
+    def messages(self) -> Sequence[Message]:
+        """The chat up to their end."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,9 @@ class Conversation:
     The system message and tool definitions are never pruned. Documents given as texts open the first question's
     message, where they may be pruned and where every template has a place for them.
 
-    A turn is all or nothing: it works on a fork, so that after an exception of any kind the conversation is what it was.
-    While a turn runs, the cache may take its memory twice. A stream that is closed early leaves the reply so far as the
-    turn's reply, or no turn when there was no token yet.
+    A turn is all or nothing: it works on a fork, so that after an exception of any kind the conversation is what it
+    was. While a turn runs, the cache may take its memory twice. A stream that is closed early leaves the reply so far
+    as the turn's reply, or no turn when there was no token yet.
     """
 
     def __init__(
@@ -157,13 +158,13 @@ class Conversation:
             raise InputError("a conversation needs a tokenizer with a chat template; use generate for plain text")
         if overflow not in ("error", "slide"):
             raise InputError(f"overflow is 'error' or 'slide', not {overflow!r}")
-        loaded = documents if isinstance(documents, LoadedDocument) else None
         self.overflow = overflow
-        self._pipe = pipe
-        self._opening = _opened(documents, system) if loaded is None else _taken_up(loaded, system)
-        self._opening = replace(self._opening, tools=tuple(map(_schema, tools)))
-        self._state = _State(pipe.bound_cache() if loaded is None else loaded.cache.fork())
-        self._busy = threading.Lock()
+        self._pipe, self._busy = pipe, threading.Lock()
+        if isinstance(documents, LoadedDocument):
+            opening, cache = _taken_up(documents, system), documents.cache.fork()
+        else:
+            opening, cache = _opened(documents, system), pipe.bound_cache()
+        self._opening, self._state = replace(opening, tools=tuple(map(_schema, tools))), _State(cache)
 
     @classmethod
     def restored(

@@ -102,9 +102,9 @@ class PrefixCache:
 
     Under pruning a call that goes on does not repeat what a call of its own would have done. The beginning was computed
     with the tokens that an earlier prompt's question let in, and is taken as deep as that question needed; this call
-    takes deeper what its own question needs. So no layer computes a token twice, attention of what is new is exact for
-    what it sees, but a reply may differ with the calls before it. At keep ratio 1 it does not. With a cache that does not
-    revive, such as `DropCache`, what an earlier question left out stays out.
+    takes deeper what its own question needs. So no layer computes a token twice, but a reply may differ with the calls
+    before it. At keep ratio 1 it does not. With a cache that does not revive, such as `DropCache`, what an earlier
+    question left out stays out.
 
     Threads may share one; they take turns at it.
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -224,9 +223,14 @@ def encode_turn(
 
 def added(text: str, other: str) -> CharRange:
     """Which characters `text` has where `other` has none or others: from the first difference to the last."""
-    start = len(commonprefix([text, other]))
-    same = len(commonprefix([text[start:][::-1], other[start:][::-1]]))
-    return start, len(text) - same
+    start = _shared(text, other)
+    return start, len(text) - _shared(text[start:][::-1], other[start:][::-1])
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (char, its) in pairs if char != its), min(len(text), len(other)))
 
 
 def _marked(known: _Text, protect: Protect, query: Query | None) -> EncodedPrompt:

@@ -403,8 +403,7 @@ def test_an_exception_in_any_phase_leaves_the_conversation_as_it_was(cache, erro
     chat.ask("w1 ?", **GREEDY)
     twin, held = chat.fork(), chat.cache
     with pytest.raises(error):
-        reply = getattr(chat, ask)("w2 w3 ?", callbacks=[Interrupt()], **GREEDY)
-        list(reply)
+        list(getattr(chat, ask)("w2 w3 ?", callbacks=[Interrupt()], **GREEDY))
     assert chat.cache is held
     same(chat, twin)
     assert chat.ask("w2 w3 ?", **GREEDY).token_ids == twin.ask("w2 w3 ?", **GREEDY).token_ids

@@ -1,4 +1,4 @@
-"""Prompts that begin alike: what is found is used, what is used changes nothing at keep ratio 1, and room is bounded."""
+"""Prompts that begin alike: what is found is used, at keep ratio 1 it changes nothing, and room is bounded."""
 
 import threading
 
