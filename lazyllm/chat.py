@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
-import time
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.box import SIMPLE
-from rich.cells import cell_len
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from lazyllm.callbacks import Callback, LayerEnd, PrefillStart
 from lazyllm.conversation import Conversation, Turn
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.prompts import decode_text
+from lazyllm.terminal import LiveLine, Wrapped, piped, printable, typed
 
 COMMANDS = {
     "undo": ("", "takes the last turn back"),
@@ -88,86 +83,7 @@ def _file(path: Path, name: Path | None = None) -> NamedText:
     return NamedText(str(name or path.name), decode_text(data, f"the document {str(path)!r}").strip())
 
 
-# -- writing -----------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """A model's text without characters that would control the terminal."""
-    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
-
-
-class Wrapped:
-    """Writes text as it comes, and on a terminal breaks lines between words.
-
-    Args:
-        out: where to.
-        width: columns of the terminal; None = lines are left as they are.
-    """
-
-    def __init__(self, out: TextIO, width: int | None) -> None:
-        self._out, self._width = out, width
-        self._column, self._space = 0, ""
-
-    def write(self, piece: str) -> None:
-        """Writes a piece of text; space at its end waits for the next word."""
-        for part in re.findall(r"\n|[^\S\n]+|\S+", piece):
-            if part == "\n":
-                self._put("\n")
-                self._column, self._space = 0, ""
-            elif part.isspace():
-                self._space += part
-            else:
-                self._word(part)
-        self._out.flush()
-
-    def _word(self, word: str) -> None:
-        needed = cell_len(self._space) + cell_len(word)
-        if self._width is not None and self._column and self._column + needed > self._width:
-            self._put("\n")
-            self._column, self._space, needed = 0, "", cell_len(word)
-        self._put(self._space + word)
-        self._column, self._space = self._column + needed, ""
-
-    def _put(self, text: str) -> None:
-        self._out.write(text)
-
-    def end(self) -> None:
-        """Ends the line."""
-        self._out.write("\n")
-        self._out.flush()
-
-
-class LiveLine(Callback):
-    """A line that says how far the prompt is computed, until the reply begins; nothing where there is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self._status = Status("reading", console=console) if console.is_terminal else None
-        self._began = time.perf_counter()
-        self._tokens = self._computed = self._revived = 0
-        if self._status is not None:
-            self._status.start()
-
-    def on_prefill_start(self, event: PrefillStart) -> None:
-        """Notes how much there is."""
-        self._tokens += sum(event.new_tokens)
-
-    def on_layer_end(self, event: LayerEnd) -> None:
-        """Shows one layer more."""
-        if self._status is None or not event.is_prefill:
-            return
-        self._computed += sum(row.computed.numel() for row in event.rows)
-        self._revived += sum(row.revived.numel() for row in event.rows)
-        share = self._computed / max(1, self._tokens * (event.layer + 1))
-        seconds = time.perf_counter() - self._began
-        self._status.update(
-            f"layer {event.layer + 1}/{event.layers}, {seconds:.1f} s, computed {share:.0%}, revived {self._revived:,}"
-        )
-
-    def stop(self) -> None:
-        """Takes the line away."""
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+# -- the loop ----------------------------------------------------------------------------------------
 
 
 def cost_line(turn: Turn) -> str:
@@ -184,9 +100,6 @@ def cost_line(turn: Turn) -> str:
     if turn.forgotten_turns:
         parts.append(f"without the {turn.forgotten_turns} oldest turns")
     return ", ".join(parts)
-
-
-# -- the loop ----------------------------------------------------------------------------------------
 
 
 class Chat:
@@ -336,8 +249,9 @@ class Chat:
     def _docs(self, argument: str) -> None:
         for document in self._documents:
             self._note(f"{document.name}: {len(document.text):,} characters")
-        if not self._documents:
-            self._note("no documents")
+        characters = len(self.chat.opening.documents)
+        if not self._documents:  # a conversation that was loaded knows texts, not files
+            self._note(f"documents of {characters:,} characters" if characters else "no documents")
 
     def _help(self, argument: str) -> None:
         for name, (arguments, said) in COMMANDS.items():
@@ -346,38 +260,6 @@ class Chat:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-# -- reading -----------------------------------------------------------------------------------------
-
-
-def typed(prompt: str) -> str | None:
-    """A line from the keyboard, to be edited while it is typed; None at the end.
-
-    Raises:
-        InputError: when it is not text.
-    """
-    import readline  # noqa: F401  # makes input() edit lines
-
-    try:
-        return input(prompt if sys.stdout.isatty() else "")
-    except EOFError:
-        return None
-    except UnicodeDecodeError:
-        raise InputError("what was typed is not UTF-8 text") from None
-
-
-def piped() -> Iterator[str]:
-    """The lines of stdin that are not blank.
-
-    Raises:
-        InputError: when there is none, or one is not text.
-    """
-    lines = [line for line in sys.stdin.buffer if line.strip()]
-    if not lines:
-        raise InputError("there is no question: stdin is empty")
-    for line in lines:
-        yield decode_text(line, "stdin")
 
 
 def run_chat(chat: Chat) -> None:
