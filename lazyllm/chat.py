@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -86,12 +85,19 @@ def _file(path: Path, name: Path | None = None) -> NamedText:
 # -- the loop ----------------------------------------------------------------------------------------
 
 
+def computed_share(turn: Turn) -> float:
+    """Layer-tokens a turn has computed, of those of a dense run over the whole conversation up to its end."""
+    stats = turn.stats
+    computed = sum(layer.computed for step in stats.tokens_per_layer for layer in step)
+    return computed / (stats.layers * (stats.prompt_tokens + stats.new_tokens - 1))
+
+
 def cost_line(turn: Turn) -> str:
     """What a turn has cost, in a line."""
     stats = turn.stats
     parts = [
         f"TTFT {stats.ttft_seconds:.2f} s",
-        f"computed {stats.computed_fraction:.1%}",
+        f"computed {computed_share(turn):.1%}",
         f"revived {stats.revived_tokens:,}",
         f"reused {stats.reused_tokens:,} of {stats.prompt_tokens:,} tokens",
     ]
@@ -233,15 +239,14 @@ class Chat:
         self._note(f"saved as {self.chat.save(Path(argument).expanduser())}")
 
     def _stats(self, argument: str) -> None:
-        table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
-        for column in ("turn", "tokens", "reused", "computed", "revived", "TTFT"):
-            table.add_column(column, justify="right", overflow="fold")
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for column in ("#", "tokens", "reused", "share", "revived", "TTFT"):
+            table.add_column(column, justify="right", no_wrap=True)
         for number, turn in enumerate(self.chat.turns, start=1):
             stats = turn.stats
-            table.add_row(
-                str(number), f"{stats.prompt_tokens:,}", f"{stats.reused_tokens:,}", f"{stats.computed_fraction:.0%}",
-                f"{stats.revived_tokens:,}", f"{stats.ttft_seconds:.2f} s",
-            )  # fmt: skip
+            counts = (f"{count:,}" for count in (number, stats.prompt_tokens, stats.reused_tokens))
+            costs = (f"{computed_share(turn):.1%}", f"{stats.revived_tokens:,}", f"{stats.ttft_seconds:.2f}")
+            table.add_row(*counts, *costs)
         self._notes.print(table)
         cache = self.chat.cache
         self._note(f"{cache.columns:,} tokens held, {(cache.kv_bytes + cache.aux_bytes) / 1e6:,.1f} MB")

@@ -24,6 +24,7 @@ from lazyllm.conversation import NEW_TOKENS
 from lazyllm.costs import Cost, ModelShape, Prediction, predict
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError
+from lazyllm.evaluation.data import quiet_loading
 from lazyllm.evaluation.harness_cli import run_lm_eval
 from lazyllm.evaluation.options import names_in
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
@@ -291,7 +292,9 @@ def chat_with(
     if load is not None and (document or system is not None):
         raise InputError("a conversation that is loaded has its documents and its system message; leave them out")
     texts = read_documents(document or [], left_out=lambda reason: typer.echo(f"left out: {reason}", err=True))
-    pipe = LazyPipeline.from_config(config, *_load(model, gguf_file, dtype, weights))
+    with Console(stderr=True).status("loading the model"), quiet_loading():
+        loaded, tokenizer = _load(model, gguf_file, dtype, weights)
+    pipe = LazyPipeline.from_config(config, loaded, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
     if load is not None:

@@ -70,13 +70,13 @@ class LiveLine(Callback):
     def __init__(self, console: Console) -> None:
         self._status = Status("reading", console=console) if console.is_terminal else None
         self._began = time.perf_counter()
-        self._tokens = self._computed = self._revived = 0
+        self._new = self._computed = self._revived = 0
         if self._status is not None:
             self._status.start()
 
     def on_prefill_start(self, event: PrefillStart) -> None:
-        """Notes how much there is."""
-        self._tokens += sum(event.new_tokens)
+        """Notes how much is new."""
+        self._new = sum(event.new_tokens)
 
     def on_layer_end(self, event: LayerEnd) -> None:
         """Shows one layer more."""
@@ -85,7 +85,8 @@ class LiveLine(Callback):
             return
         self._computed += sum(row.computed.numel() for row in event.rows)
         self._revived += sum(row.revived.numel() for row in event.rows)
-        share = self._computed / max(1, self._tokens * (event.layer + 1))
+        context = sum(row.first_new for row in event.rows) + self._new
+        share = self._computed / (context * (event.layer + 1))
         seconds = time.perf_counter() - self._began
         status.update(
             f"layer {event.layer + 1}/{event.layers}, {seconds:.1f} s, computed {share:.0%}, revived {self._revived:,}"
