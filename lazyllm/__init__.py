@@ -23,6 +23,7 @@ from lazyllm.caches import (
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
+from lazyllm.conversation import Conversation, Turn
 from lazyllm.documents import Document, LoadStats
 from lazyllm.errors import (
     AttachError,
@@ -77,6 +78,7 @@ from lazyllm.policies import (
     ValueWeightedAttention,
     WindowAttention,
 )
+from lazyllm.prefixes import PrefixCache, PrefixStats
 from lazyllm.result import GenerationResult, GenerationStats
 
 __version__ = "0.1.0"
@@ -98,6 +100,7 @@ __all__ = [
     "Combined",
     "ConfigError",
     "Constant",
+    "Conversation",
     "Cosine",
     "DenseCache",
     "Document",
@@ -128,6 +131,8 @@ __all__ = [
     "PolicyError",
     "Pooled",
     "Power",
+    "PrefixCache",
+    "PrefixStats",
     "ProgressBar",
     "PromptMarks",
     "Protect",
@@ -146,6 +151,7 @@ __all__ = [
     "TokenBudget",
     "TokenTrace",
     "Tuned",
+    "Turn",
     "TwoHop",
     "Uniform",
     "UnsupportedModelError",

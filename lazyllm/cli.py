@@ -21,9 +21,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from lazyllm.caches import CACHES
 from lazyllm.callbacks import ProgressBar, TokenTrace
 from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
+from lazyllm.conversation import NEW_TOKENS
 from lazyllm.costs import Cost, ModelShape, Prediction, full_below_break_even, predict
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError
+from lazyllm.evaluation.data import quiet_loading
 from lazyllm.evaluation.harness_cli import run_lm_eval
 from lazyllm.evaluation.options import names_in
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
@@ -300,6 +302,56 @@ def _write(
             tracer.save(trace)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write the results: {error}") from None
+
+
+# -- chat ------------------------------------------------------------------------------------------
+
+
+@app.command("chat")
+@errors_as_lines()
+def chat_with(
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    document: Annotated[
+        list[Path] | None, typer.Option(help="A text file or a folder of them; may be repeated.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")
+    ] = None,
+    preset: PresetOption = "recommended",
+    scorer: ScorerOption = None,
+    schedule: ScheduleOption = None,
+    cache: CacheOption = None,
+    sinks: SinksOption = None,
+    recent: RecentOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = NEW_TOKENS,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of --sample.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of --sample.")] = None,
+    slide: Annotated[bool, typer.Option(help="Let go of the oldest turns when the context is full.")] = True,
+) -> None:
+    """Talks about documents: questions from the keyboard or a pipe, replies on stdout as they come."""
+    from lazyllm.chat import Chat, read_documents, run_chat
+
+    config = _config(preset, scorer, schedule, cache, sinks, recent)
+    options = {"max_new_tokens": max_new_tokens, **_decoding(sample, temperature, seed)}
+    if load is not None and (document or system is not None):
+        raise InputError("a conversation that is loaded has its documents and its system message; leave them out")
+    texts = read_documents(document or [], left_out=lambda reason: typer.echo(f"left out: {reason}", err=True))
+    with Console(stderr=True).status("loading the model"), quiet_loading():
+        loaded, tokenizer = _load(model, gguf_file, dtype, weights)
+    pipe = LazyPipeline.from_config(config, loaded, tokenizer)
+    if seed is not None:
+        torch.manual_seed(seed)
+    if load is not None:
+        chat = pipe.load_conversation(load)
+    else:
+        documents = [text.titled for text in texts]
+        chat = pipe.conversation(documents=documents, system=system, overflow="slide" if slide else "error")
+    run_chat(Chat(chat, documents=texts, options=options))
 
 
 # -- policies --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from lazyllm.prompts import (
 from lazyllm.result import GenerationResult
 
 if TYPE_CHECKING:
-    from lazyllm.pipeline import LazyPipeline
+    from lazyllm.pipeline import LazyPipeline, TextStream
 
 LAYOUT = "{documents}\n\n{question}"
 """The user's message where no other layout is asked for."""
@@ -168,6 +169,30 @@ class Document:
             return self.pipe.generate(encoded, past_key_values=self.cache, **options)
         finally:
             self.cache.crop(loaded - self.cache.columns)
+
+    def stream(self, question: str, **options: Any) -> TextStream:
+        """Answers a question in the background and yields text as it comes; as `ask` otherwise."""
+        return self.pipe.stream_of(partial(self.ask, question), options)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat up to where a question stands, for a conversation that begins with the documents.
+
+        Raises:
+            InputError: without a chat template, or when the layout has text behind the question.
+        """
+        if not self.frame.chat or not self.frame.layout.endswith(_QUESTION):
+            raise InputError(
+                "a conversation about a document needs a chat template, and a layout that ends with the question, "
+                f"not {self.frame.layout!r}"
+            )
+        return self.frame.messages(self._documents, "")
+
+    @property
+    def _documents(self) -> str:
+        """The text of the documents alone."""
+        head = self.frame.head(_SAMPLE, _tokenizer(self.pipe)).removesuffix(_SAMPLE)
+        return self.text.removeprefix(head)
 
     def prompt(self, question: str, *, query: Query | None = None) -> EncodedPrompt:
         """The whole prompt that asks a question, for `pipe.generate`; it begins with the tokens held.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,12 +24,14 @@ from transformers import (
 from lazyllm.caches import CachePolicy, LazyCache
 from lazyllm.caches.row import PromptMarks
 from lazyllm.caches.saved import load_cache
-from lazyllm.callbacks import Callback, GenerateEnd
+from lazyllm.callbacks import Callback, GenerateEnd, LayerEnd
 from lazyllm.config import LazyConfig
+from lazyllm.conversation import Conversation, Documents, Overflow
+from lazyllm.conversation_file import load_conversation
 from lazyllm.documents import LAYOUT, Document, load_document, open_document
 from lazyllm.errors import AttachError, CacheError, ConfigError, InputError
 from lazyllm.generation import Options, reply_tokens
-from lazyllm.models.attach import attached, check_model
+from lazyllm.models.attach import attached, check_model, turn_of
 from lazyllm.models.families import DecoderContract, contract_of
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
@@ -40,8 +43,9 @@ from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
+from lazyllm.prefixes import PrefixCache
 from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
-from lazyllm.result import GenerationResult, GenerationStats, StepRecorder, make_stats
+from lazyllm.result import GenerationResult, GenerationStats, Lengths, StepRecorder, make_stats
 
 if TYPE_CHECKING:
     from lazyllm.mapping import Reply
@@ -89,7 +93,8 @@ class LazyPipeline:
         self._model = model
         self._run: RunLayer = CompiledLayers() if self.config.compile else run_layer
         if model is not None:
-            self._take(check_model(model))
+            with turn_of(model):
+                self._take(check_model(model))
 
     # -- making one --------------------------------------------------------------------------------
 
@@ -177,6 +182,12 @@ class LazyPipeline:
         """
         return LazyCache(self.config.cache, marks=marks)
 
+    def bound_cache(self) -> LazyCache:
+        """An empty cache that belongs to this model already."""
+        cache = self.new_cache()
+        cache.bind(self._contract.decoder)
+        return cache
+
     def load_cache(self, path: str | Path) -> LazyCache:
         """The cache that was saved to a file with `cache.save`, on this model's devices.
 
@@ -204,15 +215,16 @@ class LazyPipeline:
     def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:
         """The model, running lazily for as long as the context lasts, for a generation loop of your own.
 
+        Threads take turns: where another one has the model attached, this one waits.
+
         Args:
             callbacks: in addition to the pipeline's own.
             missing: what to do when logits of pruned positions are asked for, "error" or "nan".
 
         Raises:
-            AttachError: when the model is attached already.
+            AttachError: when this thread has attached the model already.
             ConfigError, UnsupportedModelError: when it has changed and no longer fits.
         """
-        self._refresh()
         with self._attached(self._selector, callbacks, missing):
             yield self.model
 
@@ -229,9 +241,8 @@ class LazyPipeline:
 
         Raises:
             ConfigError: when the cache keeps no waiting tokens, or the model has fewer layers.
-            AttachError: when the model is attached already.
+            AttachError: when this thread has attached the model already.
         """
-        self._refresh()
         layers = len(self._contract.layers)
         if depth is None:
             depth = min((layer for layer in self._selector.cut_layers if layer), default=layers)
@@ -245,27 +256,36 @@ class LazyPipeline:
         with self._attached(DepthLimit(self._selector, depth), (), "nan"):
             yield self.model, depth
 
+    @contextmanager
     def _attached(
         self, selector: Selector | DepthLimit, callbacks: Sequence[Callback], missing: Missing
-    ) -> AbstractContextManager[Any]:
-        everyone, chunk = (*self.callbacks, *callbacks), self.config.chunk
-        return attached(self.model, self._contract, selector, everyone, missing=missing, chunk=chunk, run=self._run)
-
-    def _refresh(self) -> None:
-        """Reads the model's contract anew where it has changed."""
-        contract = contract_of(self.model, known=self._contract)
-        if contract is not self._contract:
-            self._take(contract)
+    ) -> Iterator[None]:
+        with turn_of(self.model):
+            contract = contract_of(self.model, known=self._contract)
+            if contract is not self._contract:
+                self._take(contract)
+            everyone = (*self.callbacks, *callbacks)
+            chunk, run = self.config.chunk, self._run
+            with attached(self.model, contract, selector, everyone, missing=missing, chunk=chunk, run=run):
+                yield
 
     def generate(
-        self, prompt: Prompt, *, query: Query | list[Query] | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        query: Query | list[Query] | None = None,
+        prefixes: PrefixCache | None = None,
+        callbacks: Sequence[Callback] = (),
+        **options: Any,
     ) -> GenerationResult | list[GenerationResult]:
         """Generates a reply to a prompt, or to each of a list of prompts as one batch.
 
         Args:
-            prompt: a string, token ids or chat messages; or a list of these.
+            prompt: a string, token ids, chat messages or what `encode` gave; or a list of these.
             query: what the prompt asks, instead of what the scorer would take for it: a substring of the prompt, a
                 token range, a number of tokens at the end, or "auto"; for a batch one for all, or a list. Protected.
+            prefixes: where to find what an earlier call has computed of the same beginning; one prompt only.
+            callbacks: in addition to the pipeline's own.
             options: those of transformers' `generate` (docs/generation.md); `past_key_values` continues a LazyCache.
 
         Returns:
@@ -276,17 +296,24 @@ class LazyPipeline:
         """
         started = time.perf_counter()
         many = is_batch(prompt)
-        results = self.reply(self._encode(prompt if many else [prompt], query), options, started=started)
+        encoded = self._encode(prompt if many else [prompt], query)
+        results = self.reply(encoded, options, prefixes=prefixes, callbacks=callbacks, started=started)
         return results if many or len(results) > 1 else results[0]
 
     def reply(
-        self, prompts: Sequence[EncodedPrompt], options: Mapping[str, Any], *, started: float | None = None
+        self,
+        prompts: Sequence[EncodedPrompt],
+        options: Mapping[str, Any],
+        *,
+        prefixes: PrefixCache | None = None,
+        callbacks: Sequence[Callback] = (),
+        started: float | None = None,
     ) -> list[GenerationResult]:
         """Generates replies to prompts that `encode` has read, as one batch.
 
         Args:
             prompts: the prompts.
-            options: as for `generate`.
+            options, prefixes, callbacks: as for `generate`.
             started: when the call began that times are counted from; now, where it is not given.
 
         Raises:
@@ -294,14 +321,16 @@ class LazyPipeline:
         """
         started = time.perf_counter() if started is None else started
         self._check_length(prompts)
-        cache, asked = self._cache_in(options), Options(options, self.model)
+        asked = Options(options, self.model)
         asked.check(len(prompts))
+        cache = self._cache_for(prompts, prefixes, asked)
+        held = [len(row.ledger) for row in cache.rows]
         ids, mask = pad_left(prompts, asked.pad_token_id, self.model.device)
         clock, recorder = TokenClock(self.model.device), StepRecorder(self._contract.windows)
         given = {**asked.for_model(self.tokenizer), "past_key_values": cache}
         given["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
-        read_before = self._read_flops
-        with cache.claim("generation"), self.attached(callbacks=[recorder]) as lazy:
+        with cache.claim("generation"), self.attached(callbacks=[recorder, *callbacks]) as lazy:
+            read_before = self._read_flops
             if cache.columns >= ids.shape[1]:
                 raise InputError(
                     f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
@@ -311,9 +340,11 @@ class LazyPipeline:
                 cache.batch_repeat_interleave(asked.copies)
             with cache.replying([prompt.marks for prompt in prompts], ids.shape[1]):
                 output = lazy.generate(ids, attention_mask=mask, **given)
-        recorder.reading_flops = self._read_flops - read_before
-        results = self._results(output, prompts, ids.shape[1], recorder, clock, started, asked)
-        for callback in self.callbacks:
+            recorder.reading_flops = self._read_flops - read_before
+        results = self._results(output, prompts, held, recorder, clock, started, asked)
+        if prefixes is not None:
+            prefixes.put(cache, self.config)
+        for callback in (*self.callbacks, *callbacks):
             callback.on_generate_end(GenerateEnd(tuple(results)))
         return results
 
@@ -421,7 +452,48 @@ class LazyPipeline:
         """
         if is_batch(prompt) or self.tokenizer is None:
             raise InputError("stream takes one prompt, and needs a tokenizer to yield text")
-        return TextStream(self, prompt, options)
+        return self.stream_of(partial(self.generate, prompt), options)
+
+    def stream_of(self, generate: Callable[..., Any], options: Mapping[str, Any]) -> TextStream:
+        """What `generate(**options)` generates with this model, as a stream.
+
+        Raises:
+            AttachError: when this thread has the model attached, so that another one would wait for it for ever.
+        """
+        turn_of(self.model).refuse_own()
+        return TextStream(self.tokenizer, generate, options)
+
+    # -- conversations -----------------------------------------------------------------------------
+
+    def conversation(
+        self,
+        *,
+        documents: Documents = (),
+        system: str | None = None,
+        tools: Sequence[Any] = (),
+        overflow: Overflow = "error",
+    ) -> Conversation:
+        """A conversation in turns over one cache.
+
+        Args:
+            documents: texts that come before the first question, or documents that were loaded.
+            system: the system message.
+            tools: definitions of tools for the chat template, JSON schemas or functions.
+            overflow: what a turn that finds the context full does: "error" refuses it, "slide" first lets go of the
+                oldest turns, never of the system message or the documents.
+
+        Raises:
+            InputError: without a chat template, or for documents and tools that cannot be used.
+        """
+        return Conversation(self, documents=documents, system=system, tools=tools, overflow=overflow)
+
+    def load_conversation(self, path: str | Path) -> Conversation:
+        """The conversation that was saved to a file with `chat.save`.
+
+        Raises:
+            CacheError: as for `load_cache`, and for a file that holds a cache alone.
+        """
+        return load_conversation(self, path)
 
     # -- helpers -----------------------------------------------------------------------------------
 
@@ -437,13 +509,6 @@ class LazyPipeline:
         layers, reads = len(contract.layers), self._readers
         self._selector = Selector(config.scorer, config.schedule, config.protect, layers, reads=reads)
         self._costs = flop_model(self.model, contract)
-
-    def _cache_in(self, options: Mapping[str, Any]) -> LazyCache:
-        """The cache that options continue, or a new one."""
-        cache = options.get("past_key_values")
-        if cache is not None and not isinstance(cache, LazyCache):
-            raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
-        return self.new_cache() if cache is None else cache
 
     @property
     def readers(self) -> Mapping[str | None, Reader]:
@@ -469,6 +534,24 @@ class LazyPipeline:
             for prompt, asked in zip(prompts, queries, strict=True)
         ]
 
+    def _cache_for(self, prompts: Sequence[EncodedPrompt], prefixes: PrefixCache | None, options: Options) -> LazyCache:
+        """The cache to generate on: the one among the options, a stored one, or a new one."""
+        cache = options.get("past_key_values")
+        if prefixes is not None:
+            if cache is not None:
+                raise InputError("give prefixes or past_key_values, not both: a cache that is given has its own tokens")
+            if len(prompts) * options.copies > 1:
+                raise InputError(
+                    "prefixes are stored one row each: give one prompt, without beams and with one reply, or generate "
+                    "without prefixes"
+                )
+            return prefixes.take(self.bound_cache(), self.config, prompts[0].token_ids)
+        if cache is None:
+            return self.new_cache()
+        if not isinstance(cache, LazyCache):
+            raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
+        return cache
+
     def _check_length(self, prompts: Sequence[EncodedPrompt]) -> None:
         longest = self._contract.max_positions
         for prompt in prompts:
@@ -481,7 +564,7 @@ class LazyPipeline:
         self,
         output: Any,
         prompts: Sequence[EncodedPrompt],
-        width: int,
+        held: Sequence[int],
         recorder: StepRecorder,
         clock: TokenClock,
         started: float,
@@ -490,6 +573,7 @@ class LazyPipeline:
         sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
         padding = asked.padding if sequences.shape[0] > 1 else None
         each = sequences.shape[0] // len(prompts)
+        width = max(len(prompt.token_ids) for prompt in prompts)
         peak = peak_bytes(self.model.device)
         results = []
         for index, sequence in enumerate(sequences.tolist()):
@@ -501,8 +585,9 @@ class LazyPipeline:
                 [[step[row] for step in recorder.steps] for row in rows],
                 self._costs,
                 recorder,
-                prompt_tokens=len(prompts[prompt].token_ids),
-                new_tokens=len(new),
+                lengths=Lengths(
+                    len(prompts[prompt].token_ids), held[prompt * len(held) // len(prompts)] if held else 0, len(new)
+                ),
                 clock=clock,
                 started=started,
                 peak_bytes=peak,
@@ -522,22 +607,25 @@ def _given(**fields: Any) -> dict[str, Any]:
 class TextStream:
     """Pieces of a reply as they come, and its result once they have all come.
 
-    Leaving the loop early and calling `close()` ends the generation after the running step.
+    Leaving the loop early and calling `close()` ends the generation: after the running step, with the reply so far as
+    its result, or between two layers while the prompt is still being computed; then there is no result.
     """
 
-    def __init__(self, pipeline: LazyPipeline, prompt: Prompt, options: dict[str, Any]) -> None:
-        tokenizer = cast(Any, pipeline.tokenizer)
+    def __init__(self, tokenizer: Any, generate: Callable[..., Any], options: Mapping[str, Any]) -> None:
         self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._stop = _StopSwitch()
         self._outcome: GenerationResult | BaseException | None = None
-        criteria = [*(options.get("stopping_criteria") or ()), self._stop]
-        options = {**options, "streamer": self._pieces, "stopping_criteria": StoppingCriteriaList(criteria)}
-        self._thread = threading.Thread(target=self._run, args=(pipeline, prompt, options), daemon=True)
+        added = {
+            "streamer": self._pieces,
+            "stopping_criteria": StoppingCriteriaList([*(options.get("stopping_criteria") or ()), self._stop]),
+            "callbacks": [*options.get("callbacks", ()), _EarlyStop(self._stop)],
+        }
+        self._thread = threading.Thread(target=self._run, args=(generate, {**options, **added}), daemon=True)
         self._thread.start()
 
-    def _run(self, pipeline: LazyPipeline, prompt: Prompt, options: dict[str, Any]) -> None:
+    def _run(self, generate: Callable[..., Any], options: dict[str, Any]) -> None:
         try:
-            self._outcome = cast(GenerationResult, pipeline.generate(prompt, **options))
+            self._outcome = cast(GenerationResult, generate(**options))
         except BaseException as error:
             self._outcome = error
             self._pieces.end()
@@ -553,13 +641,17 @@ class TextStream:
         self.result  # noqa: B018 - raises what the generation raised
 
     def close(self) -> None:
-        """Ends the generation after the running step and waits for it."""
+        """Ends the generation, after the running step or layer, and waits for it."""
         self._stop.pulled = True
         self._thread.join()
 
     @property
     def result(self) -> GenerationResult:
-        """The whole reply; waits for it, and raises what the generation raised."""
+        """The whole reply; waits for it, and raises what the generation raised.
+
+        Raises:
+            InputError: when the stream was closed before there was a token.
+        """
         self._thread.join()
         if isinstance(self._outcome, BaseException):
             raise self._outcome
@@ -568,12 +660,30 @@ class TextStream:
 
 
 class _StopSwitch(StoppingCriteria):
-    """Ends a generation from outside."""
+    """Ends a generation from outside.
 
-    pulled = False
+    Attributes:
+        pulled: whether to end it.
+        begun: whether the reply has a token.
+    """
+
+    pulled = begun = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        self.begun = True
         return torch.full((input_ids.shape[0],), self.pulled, device=input_ids.device, dtype=torch.bool)
+
+
+class _EarlyStop(Callback):
+    """Ends a generation that has no token yet between two layers, once the switch is pulled."""
+
+    def __init__(self, switch: _StopSwitch) -> None:
+        self._switch = switch
+
+    def on_layer_end(self, event: LayerEnd) -> None:
+        """Looks at the switch."""
+        if self._switch.pulled and not self._switch.begun:
+            raise InputError("the stream was closed before the reply had a token; there is no result")
 
 
 class TokenClock(StoppingCriteria):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,9 @@ Prompt = Any
 a batch."""
 
 CharRange = tuple[int, int]
+
+PLACEHOLDER = "\ue000"
+"""Stands for a text where only its place is wanted; a character that no text has."""
 
 BLANK_LINE = r"\n\s*\n"
 SEPARATORS: dict[Unit, str] = {
@@ -51,12 +54,14 @@ class EncodedPrompt:
         marks: which of them are protected, and which ask.
         text: the prompt as the tokenizer got it; None when only ids were given.
         offsets: by token, its characters (start, stop) in the text; empty when the tokenizer does not tell.
+        user: tokens of what the user said last, None outside of chats.
     """
 
     token_ids: list[int]
     marks: PromptMarks
     text: str | None = None
     offsets: Sequence[CharRange] = ()
+    user: TokenRange | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class _Text:
         text: all of it; None when only ids were given.
         token_ids: its tokens.
         offsets: by token, its characters; empty when the tokenizer does not tell.
-        system: characters of the system messages.
+        system: characters of the system messages, and of tool definitions.
         user: characters of the last user turn, None outside of chats.
     """
 
@@ -236,13 +241,53 @@ def mark(
     return _marked(_Text(prompt.text, prompt.token_ids, list(prompt.offsets), tuple(system), user), protect, query)
 
 
+def encode_turn(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    protect: Protect,
+    query: Query | None,
+    *,
+    said: str,
+    tools: Sequence[Any] = (),
+) -> EncodedPrompt:
+    """Tokenises a conversation whose last message ends in `said`; what a user says there is where the query is sought.
+
+    Tool definitions count as a system message. They and `said` are found by rendering the conversation without them.
+
+    Raises:
+        InputError: when there is no template, or it fails; for an absent span or query.
+    """
+    text = render(messages, tokenizer, tools)
+    known = _read(text, messages, tokenizer)
+    if messages[-1]["role"] == "user":
+        rest = str(messages[-1]["content"]).removesuffix(said)
+        other = [*messages[:-1], {**messages[-1], "content": rest + PLACEHOLDER}]
+        known = replace(known, user=added(text, render(other, tokenizer, tools)))
+    if tools:
+        known = replace(known, system=(*known.system, added(text, render(messages, tokenizer))))
+    return _marked(known, protect, query)
+
+
+def added(text: str, other: str) -> CharRange:
+    """Which characters `text` has where `other` has none or others: from the first difference to the last."""
+    start = _shared(text, other)
+    return start, len(text) - _shared(text[start:][::-1], other[start:][::-1])
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (char, its) in pairs if char != its), min(len(text), len(other)))
+
+
 def _marked(known: _Text, protect: Protect, query: Query | None) -> EncodedPrompt:
     """The prompt with its protected spans and its query."""
     protected = [_range("protected", span, known) for span in protect.spans]
     if protect.system:
         protected += known.ranges(known.system)
     marks = PromptMarks(tuple(protected), _query(query, known), _is_asked(query, known), UnitStarts(known))
-    return EncodedPrompt(known.token_ids, marks, known.text, known.offsets)
+    user = None if known.user is None else known.tokens(known.user)
+    return EncodedPrompt(known.token_ids, marks, known.text, known.offsets, user)
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> PreTrainedTokenizerBase:
@@ -268,7 +313,7 @@ def _tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> _Text:
     return _read(text, messages, tokenizer)
 
 
-def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] = ()) -> str:
     """The text that the tokenizer's chat template makes of messages, up to where the reply begins.
 
     Raises:
@@ -276,8 +321,9 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> s
     """
     if tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template; give the prompt as text")
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options))
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise InputError(f"the chat template fails for these messages: {error}") from error
 

@@ -30,6 +30,7 @@ class GenerationStats:
     Attributes:
         layers: number of layers.
         prompt_tokens, new_tokens: length of the prompt and of the reply.
+        reused_tokens: how many of the prompt's tokens the cache held when the call began.
         ttft_seconds: from the call to the first new token, tokenisation included.
         seconds_per_output_token: mean time from one new token to the next; None for a single one.
         computed_fraction: layer-tokens computed / layer-tokens of a dense run over this call's new tokens; reviving
@@ -62,6 +63,7 @@ class GenerationStats:
     kv_bytes: int
     aux_bytes: int
     peak_bytes: int
+    reused_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -162,13 +164,20 @@ def _pairs(row: RowTrace, window: int | None) -> int:
     return causal_pairs(queries, window) if queries == keys else queries * keys
 
 
+class Lengths(NamedTuple):
+    """Tokens of a prompt, how many of them a cache held before, and tokens of the reply."""
+
+    prompt: int
+    reused: int
+    new: int
+
+
 def make_stats(
     steps: list[list[StepCount]],
     costs: FlopModel,
     recorder: StepRecorder,
     *,
-    prompt_tokens: int,
-    new_tokens: int,
+    lengths: Lengths,
     clock: Clock,
     started: float,
     peak_bytes: int,
@@ -183,8 +192,9 @@ def make_stats(
     reading = recorder.reading_flops * len(steps) // recorder.rows if recorder.rows else 0
     return GenerationStats(
         layers=layers,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        prompt_tokens=lengths.prompt,
+        reused_tokens=lengths.reused,
+        new_tokens=lengths.new,
         ttft_seconds=clock.times[0] - started,
         seconds_per_output_token=clock.seconds_per_token,
         computed_fraction=_computed_fraction(everything, layers),

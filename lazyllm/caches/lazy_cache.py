@@ -66,6 +66,11 @@ class LazyCache(Cache):
         elif self._decoder() is not decoder:
             raise CacheError("this cache was filled by another model; make one with new_cache() of this pipeline")
 
+    def has_model_of(self, other: LazyCache) -> bool:
+        """Whether both are bound to the same model."""
+        decoder = None if self._decoder is None else self._decoder()
+        return decoder is not None and other._decoder is not None and decoder is other._decoder()
+
     def fingerprint(self) -> str | None:
         """Of the decoder the cache is bound to; None before its first step.
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback
+from lazyllm.errors import AttachError
 from lazyllm.models.attention import ATTENTION_NAME
 from lazyllm.models.families import DecoderContract, contract_of, try_layers
 from lazyllm.models.layers import RunLayer, run_layer
@@ -93,3 +97,37 @@ def check_model(model: PreTrainedModel) -> DecoderContract:
     with lazy_attention(contract):
         try_layers(contract, type(model).__name__)
     return contract
+
+
+class ModelTurn:
+    """Whose turn it is with a model: one thread at a time runs it, others wait for theirs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def refuse_own(self) -> None:
+        """Raises where waiting would never end.
+
+        Raises:
+            AttachError: when it is this thread's turn already.
+        """
+        if self._owner == threading.get_ident():
+            raise AttachError("this model is attached already; leave the other attached() or generate() first")
+
+    def __enter__(self) -> None:
+        self.refuse_own()
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+_TURNS: WeakKeyDictionary[PreTrainedModel, ModelTurn] = WeakKeyDictionary()
+
+
+def turn_of(model: PreTrainedModel) -> ModelTurn:
+    """The turns of a model, which all pipelines that run it share."""
+    return _TURNS.setdefault(model, ModelTurn())
