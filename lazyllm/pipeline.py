@@ -26,8 +26,9 @@ from lazyllm.caches.saved import load_cache
 from lazyllm.callbacks import Callback, GenerateEnd
 from lazyllm.config import LazyConfig
 from lazyllm.errors import AttachError, CacheError, ConfigError, InputError
+from lazyllm.models.adapters import unwrapped
 from lazyllm.models.attach import attached, check_model
-from lazyllm.models.families import DecoderContract, contract_of
+from lazyllm.models.families import DecoderContract, contract_of, input_device
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
@@ -80,10 +81,10 @@ class LazyPipeline:
         )
         self.tokenizer = tokenizer
         self.callbacks = tuple(callbacks)
-        self._model = model
+        self._model = None if model is None else unwrapped(model)
         self._run: RunLayer = CompiledLayers() if self.config.compile else run_layer
-        if model is not None:
-            self._take(check_model(model))
+        if self._model is not None:
+            self._take(check_model(self._model))
 
     # -- making one --------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class LazyPipeline:
             contract = contract_of(self.model, known=self._contract)
         except AttachError:
             contract = self._contract  # read when the model was attached
-        return load_cache(path, self.config.cache, contract.decoder, contract.devices)
+        return load_cache(path, self.config.cache, contract.decoder, contract.devices, contract.adapters)
 
     @contextmanager
     def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:
@@ -226,7 +227,7 @@ class LazyPipeline:
             cache = self.new_cache()
         elif not isinstance(cache, LazyCache):
             raise CacheError(f"past_key_values must be a LazyCache from new_cache(), got {type(cache).__name__}")
-        ids, mask = pad_left(encoded, self._pad_token_id(options), model.device)
+        ids, mask = pad_left(encoded, self._pad_token_id(options), input_device(model))
         clock = TokenClock(model.device)
         recorder = StepRecorder(self._contract.windows)
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
@@ -283,7 +284,8 @@ class LazyPipeline:
         names = list(dict.fromkeys(name for scorer in scorers for name in scorer.reads_models))
         self._readers = open_readers(names, self.model, self.tokenizer, contract)
         layers, reads = len(contract.layers), self._readers
-        self._selector = Selector(config.scorer, config.schedule, config.protect, layers, reads=reads)
+        policies = (config.scorer, config.schedule, config.protect)
+        self._selector = Selector(*policies, layers, reads=reads, ranks=contract.ranks)
         self._costs = flop_model(self.model, contract)
 
     @property

@@ -49,20 +49,27 @@ class LazyCache(Cache):
         self.rows: list[Row] = []
         self.columns = 0
         self._decoder: weakref.ref[nn.Module] | None = None
+        self._adapters: str | None = None
         self._claims: set[str] = set()
 
     # -- binding ---------------------------------------------------------------------------------
 
-    def bind(self, decoder: nn.Module) -> None:
-        """Ties the cache to the model that uses it.
+    def bind(self, decoder: nn.Module, adapters: str | None = None) -> None:
+        """Ties the cache to the model that uses it, and to the adapters that it runs with.
 
         Raises:
-            CacheError: when it already belongs to another model.
+            CacheError: when it already belongs to another model, or to other adapters.
         """
         if self._decoder is None:
             self._decoder = weakref.ref(decoder)
         elif self._decoder() is not decoder:
             raise CacheError("this cache was filled by another model; make one with new_cache() of this pipeline")
+        if self.rows and adapters != self._adapters:
+            raise CacheError(
+                f"this cache was filled with the adapters {self._adapters or 'off'}, the model now has "
+                f"{adapters or 'them off'}; make a cache for each with new_cache()"
+            )
+        self._adapters = adapters
 
     def fingerprint(self) -> str | None:
         """Of the decoder the cache is bound to; None before its first step.
@@ -75,7 +82,7 @@ class LazyCache(Cache):
         decoder = self._decoder()
         if decoder is None:
             raise CacheError("the model that filled this cache is gone, so its fingerprint cannot be taken")
-        return fingerprint(decoder)
+        return fingerprint(decoder, self._adapters)
 
     def open_rows(self, rows: int, layers: int) -> None:
         """Makes the rows at the first step, and checks the batch size at later ones."""
@@ -215,7 +222,7 @@ class LazyCache(Cache):
         self._refuse_mid_step()
         twin = LazyCache(self.policy, marks=self.marks)
         twin.rows, twin.columns = [row.copy() for row in self.rows], self.columns
-        twin._decoder = self._decoder
+        twin._decoder, twin._adapters = self._decoder, self._adapters
         return twin
 
     def save(self, path: str | Path) -> Path:

@@ -128,7 +128,13 @@ def _place(marks: PromptMarks, known: list[PromptMarks]) -> int:
     return known.index(marks)
 
 
-def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, devices: Sequence[torch.device]) -> LazyCache:
+def load_cache(
+    path: str | Path,
+    policy: CachePolicy,
+    decoder: nn.Module,
+    devices: Sequence[torch.device],
+    adapters: str | None = None,
+) -> LazyCache:
     """The cache that `save_cache` wrote to `path`.
 
     Args:
@@ -136,6 +142,7 @@ def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, device
         policy: the cache policy it must have been filled by.
         decoder: the decoder it must have been filled by.
         devices: by layer, where its K/V are put.
+        adapters: those the decoder must have run with.
 
     Raises:
         CacheError: when there is no such file, it is damaged or changed, or of another version, model or policy.
@@ -148,11 +155,11 @@ def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, device
         )
     cache = LazyCache(policy, marks=[said.marks[place] for place in said.prompts])
     if said.fingerprint is not None:
-        if said.fingerprint != (own := fingerprint(decoder)):
+        if said.fingerprint != (own := fingerprint(decoder, adapters)):
             raise CacheError(
                 f"{str(path)!r} was filled by a model with the fingerprint {said.fingerprint}, this model has {own}"
             )
-        cache.bind(decoder)
+        cache.bind(decoder, adapters)
     cache.columns = said.columns
     by_row: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():

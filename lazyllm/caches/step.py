@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
+from lazyllm.caches.ledger import AXES
 from lazyllm.caches.row import Row, same_tokens, token_counts
 from lazyllm.callbacks import Choice
 from lazyllm.errors import InputError
@@ -36,6 +37,7 @@ def open_step(
     position_ids: Tensor | None,
     read_last: int | None = None,
     token_ids: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Iterator[Step]:
     """A step over hidden [b, t, c] that is committed at the end, or rolled back if anything raises.
 
@@ -47,6 +49,7 @@ def open_step(
         position_ids: [b or 1, t]; None = counted on.
         read_last: how many columns at the end will have their logits read, if the caller said so.
         token_ids: [b, t] vocabulary ids, if they are known.
+        places: [3 or 1, b or 1, t] where a RoPE with several axes sees the tokens; None = at their positions.
 
     Raises:
         CacheError: when the cache is in the middle of another step, or of another batch size.
@@ -56,7 +59,7 @@ def open_step(
         mark = cache.mark()
         try:
             cache.open_rows(hidden.shape[0], layers)
-            step = Step(cache, hidden, padding, position_ids, read_last, token_ids)
+            step = Step(cache, hidden, padding, position_ids, read_last, token_ids, places)
             yield step
             step.commit()
         except BaseException:
@@ -88,6 +91,7 @@ class Step:
         position_ids: Tensor | None,
         read_last: int | None,
         token_ids: Tensor | None,
+        places: Tensor | None,
     ) -> None:
         self.cache = cache
         self.rows: list[Row] = cache.rows
@@ -99,7 +103,8 @@ class Step:
         self._evicted: list[tuple[int, int, Tensor]] = []
         self._real = self._real_columns(padding)
         self.states = self._pack(hidden)
-        self.new = self._append(self._row_positions(position_ids), token_ids)
+        positions = self._row_positions(position_ids)
+        self.new = self._append(positions, token_ids, self._row_places(places, position_ids, positions))
         self.token_positions = [row.ledger.position for row in self.rows]
         self.flight = self.new
         self.choices: dict[int, Choice] = {}
@@ -147,20 +152,36 @@ class Step:
             rows.append(positions)
         return rows
 
+    def _row_places(
+        self, places: Tensor | None, position_ids: Tensor | None, positions: list[Tensor]
+    ) -> list[Tensor | None]:
+        """By row, where its new tokens [t, 3] stand along the axes of RoPE, moved as their positions were."""
+        if places is None:
+            return [None] * self.batch
+        given = rearrange(places.cpu().expand(AXES, self.batch, -1), "a b t -> b t a")
+        if position_ids is not None:
+            given = given - rearrange(position_ids.cpu().expand(self.batch, -1), "b t -> b t 1")
+        return [
+            given[row, columns] + (0 if position_ids is None else rearrange(where, "t -> t 1"))
+            for row, (columns, where) in enumerate(zip(self._real, positions, strict=True))
+        ]
+
     def _pack(self, hidden: Tensor) -> Tensor:
         """Real tokens of hidden [b, t, c] behind each other, [1, t, c]."""
         if sum(token_counts(self._real)) == self.batch * self.width:
             return rearrange(hidden, "b t c -> 1 (b t) c")
         return torch.cat([hidden[row, columns.to(hidden.device)] for row, columns in enumerate(self._real)])[None]
 
-    def _append(self, positions: list[Tensor], token_ids: Tensor | None) -> list[Tensor]:
+    def _append(
+        self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None]
+    ) -> list[Tensor]:
         """Enters the new tokens in the ledgers, at depth 0."""
         columns = self.cache.columns
         self.cache.columns += self.width
         ids = None if token_ids is None else token_ids.cpu()
         new = [
-            row.ledger.append(places, real + columns, None if ids is None else ids[index, real])
-            for index, (row, places, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
+            row.ledger.append(where, real + columns, None if ids is None else ids[index, real], places[index])
+            for index, (row, where, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
         ]
         if self.is_prefill:
             for row in self.rows:
@@ -262,6 +283,15 @@ class Step:
         tokens = self.flight if todo is None else todo
         parts = [positions[row] for positions, row in zip(self.token_positions, tokens, strict=True)]
         return torch.cat(parts)[None].to(self.states.device)
+
+    def places(self, todo: list[Tensor] | None = None) -> Tensor:
+        """What RoPE is asked for: `positions`, or where tokens stand along its axes [3, 1, t]."""
+        tokens = self.flight if todo is None else todo
+        known = [row.ledger.place for row in self.rows]
+        parts = [place[row] for place, row in zip(known, tokens, strict=True) if place is not None]
+        if not parts:
+            return self.positions(todo)
+        return rearrange(torch.cat(parts), "t a -> a 1 t").to(self.states.device)
 
     def view(self, layer: int, visible: list[Tensor]) -> LayerView:
         """The cache as `layer` sees it."""

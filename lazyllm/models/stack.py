@@ -53,6 +53,7 @@ class LazyStack(nn.Module):
         self.missing, self.chunk, self.run = missing, chunk, run
         self.logits_to_keep: int | Tensor = 0
         self.token_ids: Tensor | None = None
+        self.places: Tensor | None = None
 
     def forward(
         self,
@@ -78,6 +79,7 @@ class LazyStack(nn.Module):
             position_ids=position_ids,
             read_last=keep,
             token_ids=self.token_ids,
+            places=self.places,
         ) as step:
             self._tell_start(step)
             rope, masks = None, RowMasks(hidden_states.device)
@@ -87,7 +89,7 @@ class LazyStack(nn.Module):
                 flight, todo = step.flight, step.todo(visible, i)  # visible tokens whose depth is i (law 2)
                 hidden = self.contract.to_layer(step.pending(todo), i)  # in flight, or revived from the Aux Cache
                 if rope is None or todo is not flight:
-                    rope = self.contract.rope(hidden, positions := step.positions())
+                    rope, positions = self.contract.rope(hidden, step.places()), step.positions()
                 view = step.view(i, visible)
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured = self.selector.notes_of(step, i, visible)
@@ -119,7 +121,7 @@ class LazyStack(nn.Module):
             raise InputError(
                 f"the prompt has {cache.columns + hidden.shape[1]} tokens, the model has positions for {longest}"
             )
-        cache.bind(self.contract.decoder)
+        cache.bind(self.contract.decoder, self.contract.adapters)
         return cache
 
     def _plan(
@@ -153,7 +155,8 @@ class LazyStack(nn.Module):
                     read_spans=partial(masks.spans, index, todo, attended, positions, window, new=new),
                 )
             )
-        return AttentionPlan(rows=rows, kernel=self.contract.kernel, window=window, captured=captured)
+        contract = self.contract
+        return AttentionPlan(rows, contract.kernel, window, captured, ranks=contract.ranks)
 
     def _peek(
         self, step: Step, layer: int, visible: list[Tensor], masks: RowMasks, options: dict[str, Any]
@@ -167,7 +170,7 @@ class LazyStack(nn.Module):
         todo, states = step.peek(visible, layer)
         hidden = self.contract.to_layer(states, layer)
         positions = step.positions(todo)
-        rope = self.contract.rope(hidden, positions)[self.contract.rope_types[layer]]
+        rope = self.contract.rope(hidden, step.places(todo))[self.contract.rope_types[layer]]
         view = LayerView(step.cache, layer, todo, visible).peeking()
         plan = self._plan(step, view, layer, masks, captured := Captured())
         plan.peeks = True
