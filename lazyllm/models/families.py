@@ -20,7 +20,7 @@ from lazyllm.models.masks import EVERYTHING
 from lazyllm.models.ranks import ALONE, Ranks, ranks_of
 
 LAYER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "position_embeddings")
-DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+DECODER_ARGUMENTS = {"input_ids", "inputs_embeds", "cache_position", *LAYER_ARGUMENTS}
 ATTENDING_TYPES = ("full_attention", "sliding_attention")
 _ONE_ROPE = "every layer"
 
@@ -124,9 +124,9 @@ def contract_of(model: PreTrainedModel, *, known: DecoderContract | None = None)
         devices=tuple(_device(layer) for layer in layers),
         max_positions=getattr(config, "max_position_embeddings", None),
         calls=calls,
-        ranks=ranks_of(model, config.num_attention_heads),
+        ranks=ranks_of(model, config),
         adapters=adapters_of(model),
-        extras=tuple(inspect.signature(decoder.forward).parameters.keys() - {*DECODER_ARGUMENTS, "kwargs"}),
+        extras=tuple(sorted(inspect.signature(decoder.forward).parameters.keys() - DECODER_ARGUMENTS)),
     )
     if known is not None and known == contract:
         return known

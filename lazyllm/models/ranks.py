@@ -69,9 +69,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def ranks_of(model: PreTrainedModel, heads: int) -> Ranks:
-    """The processes that a model of so many query heads is spread over by transformers' tensor parallelism."""
+def ranks_of(model: PreTrainedModel, config: Any) -> Ranks:
+    """The processes that a model with this text configuration is spread over by transformers' tensor parallelism."""
     if (model.tp_size or 1) == 1:
         return ALONE
-    mesh: Any = model._device_mesh["tp"]
-    return Ranks(mesh.get_group(), torch.device(mesh.device_type), heads)
+    mesh = model._device_mesh["tp"]
+    return Ranks(mesh.get_group(), torch.device(mesh.device_type), config.num_attention_heads)
