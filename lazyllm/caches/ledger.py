@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lazyllm.indexing import GrowingBuffer
 
-
 AXES = 3
 """Of a RoPE that gives the tokens of an image a time, a row and a column."""
 
@@ -69,6 +68,11 @@ class Ledger:
     def token_id(self) -> Tensor:
         """[t] vocabulary id of each token, -1 where the model was given an embedding."""
         return self._token_id.read()
+
+    @property
+    def ahead(self) -> int:
+        """By how much the last places lie beyond the last position."""
+        return 0 if self.place is None else int(self.place.max() - self.position[-1])
 
     def append(
         self, position: Tensor, column: Tensor, token_id: Tensor | None = None, place: Tensor | None = None

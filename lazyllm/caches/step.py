@@ -104,7 +104,7 @@ class Step:
         self._real = self._real_columns(padding)
         self.states = self._pack(hidden)
         positions = self._row_positions(position_ids)
-        self.new = self._append(positions, token_ids, self._row_places(places, position_ids, positions))
+        self.new = self._append(positions, token_ids, self._row_places(places, positions))
         self.token_positions = [row.ledger.position for row in self.rows]
         self.flight = self.new
         self.choices: dict[int, Choice] = {}
@@ -152,19 +152,22 @@ class Step:
             rows.append(positions)
         return rows
 
-    def _row_places(
-        self, places: Tensor | None, position_ids: Tensor | None, positions: list[Tensor]
-    ) -> list[Tensor | None]:
-        """By row, where its new tokens [t, 3] stand along the axes of RoPE, moved as their positions were."""
+    def _row_places(self, places: Tensor | None, positions: list[Tensor]) -> list[Tensor | None]:
+        """By row, where its new tokens [t, 3] stand along the axes of RoPE.
+
+        They go on behind the row's last ones: a model that counts from what it saw in the prompt before, which may have
+        been another row's, is put right.
+        """
         if places is None:
             return [None] * self.batch
         given = rearrange(places.cpu().expand(AXES, self.batch, -1), "a b t -> b t a")
-        if position_ids is not None:
-            given = given - rearrange(position_ids.cpu().expand(self.batch, -1), "b t -> b t 1")
-        return [
-            given[row, columns] + (0 if position_ids is None else rearrange(where, "t -> t 1"))
-            for row, (columns, where) in enumerate(zip(self._real, positions, strict=True))
-        ]
+        found: list[Tensor | None] = []
+        for row, columns, where, own in zip(self.rows, self._real, positions, given, strict=True):
+            own = own[columns]
+            if len(row.ledger) and columns.numel():
+                own = own - own[0].min() + where[0] + row.ledger.ahead
+            found.append(own)
+        return found
 
     def _pack(self, hidden: Tensor) -> Tensor:
         """Real tokens of hidden [b, t, c] behind each other, [1, t, c]."""
@@ -172,9 +175,7 @@ class Step:
             return rearrange(hidden, "b t c -> 1 (b t) c")
         return torch.cat([hidden[row, columns.to(hidden.device)] for row, columns in enumerate(self._real)])[None]
 
-    def _append(
-        self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None]
-    ) -> list[Tensor]:
+    def _append(self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None]) -> list[Tensor]:
         """Enters the new tokens in the ledgers, at depth 0."""
         columns = self.cache.columns
         self.cache.columns += self.width
