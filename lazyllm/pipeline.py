@@ -31,8 +31,9 @@ from lazyllm.conversation_file import load_conversation
 from lazyllm.documents import LAYOUT, Document, load_document, open_document
 from lazyllm.errors import AttachError, CacheError, ConfigError, InputError
 from lazyllm.generation import Options, reply_tokens
+from lazyllm.models.adapters import unwrapped
 from lazyllm.models.attach import attached, check_model, turn_of
-from lazyllm.models.families import DecoderContract, contract_of
+from lazyllm.models.families import DecoderContract, contract_of, input_device
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
@@ -90,11 +91,11 @@ class LazyPipeline:
         )
         self.tokenizer = tokenizer
         self.callbacks = tuple(callbacks)
-        self._model = model
+        self._model = None if model is None else unwrapped(model)
         self._run: RunLayer = CompiledLayers() if self.config.compile else run_layer
-        if model is not None:
-            with turn_of(model):
-                self._take(check_model(model))
+        if self._model is not None:
+            with turn_of(self._model):
+                self._take(check_model(self._model))
 
     # -- making one --------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class LazyPipeline:
             contract = contract_of(self.model, known=self._contract)
         except AttachError:
             contract = self._contract  # read when the model was attached
-        return load_cache(path, self.config.cache, contract.decoder, contract.devices, mapped=mapped)
+        return load_cache(path, self.config.cache, contract.decoder, contract.devices, contract.adapters, mapped=mapped)
 
     @contextmanager
     def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:
@@ -325,7 +326,7 @@ class LazyPipeline:
         asked.check(len(prompts))
         cache = self._cache_for(prompts, prefixes, asked)
         held = [len(row.ledger) for row in cache.rows]
-        ids, mask = pad_left(prompts, asked.pad_token_id, self.model.device)
+        ids, mask = pad_left(prompts, asked.pad_token_id, input_device(self.model))
         clock, recorder = TokenClock(self.model.device), StepRecorder(self._contract.windows)
         given = {**asked.for_model(self.tokenizer), "past_key_values": cache}
         given["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
@@ -507,7 +508,8 @@ class LazyPipeline:
         names = list(dict.fromkeys(name for scorer in scorers for name in scorer.reads_models))
         self._readers = open_readers(names, self.model, self.tokenizer, contract)
         layers, reads = len(contract.layers), self._readers
-        self._selector = Selector(config.scorer, config.schedule, config.protect, layers, reads=reads)
+        policies = (config.scorer, config.schedule, config.protect)
+        self._selector = Selector(*policies, layers, reads=reads, ranks=contract.ranks)
         self._costs = flop_model(self.model, contract)
 
     @property

@@ -67,10 +67,17 @@ class ReplayStack(nn.Module):
     """
 
     def __init__(
-        self, decoder: Any, masks: Sequence[Tensor], waited: Sequence[Tensor], positions: Tensor, rounding: Rounding
+        self,
+        decoder: Any,
+        masks: Sequence[Tensor],
+        waited: Sequence[Tensor],
+        positions: Tensor,
+        rounding: Rounding,
+        places: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decoder, self.masks, self.positions = [decoder], masks, positions
+        self.places = positions[None] if places is None else places
         self.waited, self.rounding = waited, rounding
         self.original = [decoder.layers]
         self.states: list[Tensor] = []
@@ -88,7 +95,7 @@ class ReplayStack(nn.Module):
             rope = (
                 decoder.rotary_emb(hidden, positions, decoder.config.layer_types[index])
                 if two_ropes
-                else decoder.rotary_emb(hidden, positions)
+                else decoder.rotary_emb(hidden, self.places)
             )
             mask = self.masks[index][None, None]
             if decoder.config._attn_implementation == "eager":
@@ -111,6 +118,8 @@ def replay(
     positions: Tensor | None = None,
     *,
     rounding: Rounding = EXACT,
+    places: Tensor | None = None,
+    inputs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits [t, vocabulary] of one row under the masks of `steps`, and the states [t, c] entering each layer.
 
@@ -121,6 +130,8 @@ def replay(
         row: which row of the batch.
         positions: [t], default 0 .. t-1.
         rounding: what the cache rounds.
+        places: [3, 1, t] where RoPE sees the tokens, default at their positions.
+        inputs: what else the model is given, such as images.
     """
     decoder: Any = model.get_decoder()
     length = ids.numel()
@@ -146,12 +157,12 @@ def replay(
             mask &= positions[:, None] - positions[None, :] < window
         masks.append(mask)
         waited.append(latest > before)
-    stack = ReplayStack(decoder, masks, waited, positions, rounding)
+    stack = ReplayStack(decoder, masks, waited, positions, rounding, places)
     original = decoder.layers
     decoder.layers = nn.ModuleList([stack])
     try:
         with torch.no_grad():
-            logits = model(ids[None], position_ids=positions[None], use_cache=False).logits[0]
+            logits = model(ids[None], position_ids=positions[None], use_cache=False, **(inputs or {})).logits[0]
     finally:
         decoder.layers = original
     return logits, stack.states

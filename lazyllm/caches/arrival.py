@@ -20,6 +20,7 @@ class Arrival:
         hidden: [b, t, c] embeddings.
         padding: 2-D mask [b, >= t], true where a real token stands; None = no padding.
         position_ids: [b or 1, t]; None = counted on.
+        places: [3 or 1, b or 1, t] where a RoPE with several axes sees the tokens; None = at their positions.
         token_ids: [b, t] vocabulary ids, if they are known.
         read_last: how many columns at the end will have their logits read; None = all of them, as far as is known.
     """
@@ -27,6 +28,7 @@ class Arrival:
     hidden: Tensor
     padding: Tensor | None = None
     position_ids: Tensor | None = None
+    places: Tensor | None = None
     token_ids: Tensor | None = None
     read_last: int | None = None
 
@@ -71,6 +73,7 @@ class Arrival:
             self,
             hidden=self.hidden[:, place],
             position_ids=None if self.position_ids is None else self.position_ids[:, place],
+            places=None if self.places is None else self.places[..., place],
             token_ids=None if self.token_ids is None else self.token_ids[:, place],
         )
 
@@ -78,12 +81,13 @@ class Arrival:
         """What some of the rows are brought."""
         if len(indices) == self.rows:
             return self
-        positions = self.position_ids
+        positions, places = self.position_ids, self.places
         return replace(
             self,
             hidden=self.hidden[indices],
             padding=None if self.padding is None else self.padding[indices],
             position_ids=positions if positions is None or positions.shape[0] == 1 else positions[indices],
+            places=places if places is None or places.shape[1] == 1 else places[:, indices],
             token_ids=None if self.token_ids is None else self.token_ids[indices],
         )
 
@@ -91,7 +95,8 @@ class Arrival:
         """Whether two rows are brought the same."""
         recent = None if self.padding is None else self.padding[:, -self.width :]
         positions = None if self.position_ids is None else self.position_ids.expand(self.rows, -1)
-        parts = (self.token_ids, recent, positions, self.hidden)
+        places = None if self.places is None else self.places.expand(-1, self.rows, -1).movedim(1, 0)
+        parts = (self.token_ids, recent, positions, places, self.hidden)
         return all(part is None or torch.equal(part[row], part[other]) for part in parts)
 
     def told_apart(self, rows: Sequence[Row]) -> list[Row]:

@@ -51,20 +51,27 @@ class LazyCache(Cache):
         self.columns = 0
         self.prompt_columns: int | None = None
         self._decoder: weakref.ref[nn.Module] | None = None
+        self._adapters: str | None = None
         self._claims: set[str] = set()
 
     # -- binding ---------------------------------------------------------------------------------
 
-    def bind(self, decoder: nn.Module) -> None:
-        """Ties the cache to the model that uses it.
+    def bind(self, decoder: nn.Module, adapters: str | None = None) -> None:
+        """Ties the cache to the model that uses it, and to the adapters that it runs with.
 
         Raises:
-            CacheError: when it already belongs to another model.
+            CacheError: when it already belongs to another model, or to other adapters.
         """
         if self._decoder is None:
             self._decoder = weakref.ref(decoder)
         elif self._decoder() is not decoder:
             raise CacheError("this cache was filled by another model; make one with new_cache() of this pipeline")
+        if self.rows and adapters != self._adapters:
+            raise CacheError(
+                f"this cache was filled with the adapters {self._adapters or 'off'}, the model now has "
+                f"{adapters or 'them off'}; make a cache for each with new_cache()"
+            )
+        self._adapters = adapters
 
     def has_model_of(self, other: LazyCache) -> bool:
         """Whether both are bound to the same model."""
@@ -82,7 +89,7 @@ class LazyCache(Cache):
         decoder = self._decoder()
         if decoder is None:
             raise CacheError("the model that filled this cache is gone, so its fingerprint cannot be taken")
-        return fingerprint(decoder)
+        return fingerprint(decoder, self._adapters)
 
     def open_rows(self, rows: int, layers: int) -> None:
         """Makes the rows at the first step, one for each prompt, and checks the batch size at later ones."""
@@ -259,7 +266,7 @@ class LazyCache(Cache):
         self._refuse_mid_step()
         twin = LazyCache(self.policy, marks=self.marks)
         twin.rows, twin.columns = copied(self.rows), self.columns
-        twin._decoder = self._decoder
+        twin._decoder, twin._adapters = self._decoder, self._adapters
         return twin
 
     def join(self, other: LazyCache, *, moved: int = 0) -> LazyCache:

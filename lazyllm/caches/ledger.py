@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from lazyllm.indexing import GrowingBuffer
+
+AXES = 3
+"""Of a RoPE that gives the tokens of an image a time, a row and a column."""
 
 
 class Ledger:
@@ -26,13 +30,15 @@ class Ledger:
         self.knows_ids = True
         self._running: tuple[Tensor, int] | None = None
         self._depth, self._position, self._column, self._token_id = (GrowingBuffer(0) for _ in range(4))
+        self._place: GrowingBuffer | None = None
         empty = torch.empty(0, dtype=torch.long)
         for buffer in self._buffers:
             buffer.append(empty)
 
     @property
     def _buffers(self) -> tuple[GrowingBuffer, ...]:
-        return self._depth, self._position, self._column, self._token_id
+        always = self._depth, self._position, self._column, self._token_id
+        return always if self._place is None else (*always, self._place)
 
     def __len__(self) -> int:
         return self._depth.length
@@ -49,6 +55,11 @@ class Ledger:
         return self._position.read()
 
     @property
+    def place(self) -> Tensor | None:
+        """[t, 3] where a RoPE with three axes sees each token; None where that is its position along every axis."""
+        return None if self._place is None else self._place.read()
+
+    @property
     def column(self) -> Tensor:
         """[t] column of each token in the padded batch."""
         return self._column.read()
@@ -58,10 +69,18 @@ class Ledger:
         """[t] vocabulary id of each token, -1 where the model was given an embedding."""
         return self._token_id.read()
 
-    def append(self, position: Tensor, column: Tensor, token_id: Tensor | None = None) -> Tensor:
+    @property
+    def ahead(self) -> int:
+        """By how much the last places lie beyond the last position."""
+        return 0 if self.place is None else int(self.place.max() - self.position[-1])
+
+    def append(
+        self, position: Tensor, column: Tensor, token_id: Tensor | None = None, place: Tensor | None = None
+    ) -> Tensor:
         """Adds tokens of depth 0 and returns their indices [t]."""
         self._settle()
         start, added = len(self), position.numel()
+        self._append_place(position, place)
         self._depth.append(torch.zeros(added, dtype=torch.long))
         self._position.append(position)
         self._column.append(column)
@@ -69,6 +88,14 @@ class Ledger:
         self.knows_ids &= token_id is not None
         self.at_depth[0] += added
         return torch.arange(start, start + added)
+
+    def _append_place(self, position: Tensor, place: Tensor | None) -> None:
+        """Notes the places [t, 3] of new tokens, from the first time on that they are not their positions."""
+        if self._place is None and place is not None:
+            self._place = GrowingBuffer(0)
+            self._place.append(_along_axes(self.position))
+        if self._place is not None:
+            self._place.append(_along_axes(position) if place is None else place)
 
     def ready(self, tokens: Tensor, layer: int) -> Tensor:
         """Those of `tokens` whose next layer is `layer` (law 2)."""
@@ -113,19 +140,27 @@ class Ledger:
         """An independent copy."""
         self._settle()
         twin = Ledger(self.layers)
-        twin._depth, twin._position, twin._column, twin._token_id = (buffer.copy() for buffer in self._buffers)
+        twin._depth, twin._position, twin._column, twin._token_id, *place = (buffer.copy() for buffer in self._buffers)
+        twin._place = place[0] if place else None
         twin.at_depth, twin.knows_ids = list(self.at_depth), self.knows_ids
         return twin
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by name, for a file."""
-        return {"depth": self.depth, "position": self.position, "column": self.column, "token_id": self.token_id}
+        state = {"depth": self.depth, "position": self.position, "column": self.column, "token_id": self.token_id}
+        return state if self.place is None else {**state, "place": self.place}
 
     def load_state(self, state: Mapping[str, Tensor], *, columns: int = 0, moved: int = 0) -> None:
         """Takes up what another ledger's `state` gave, behind its own tokens.
 
         `columns` and `moved` are added to the columns and to the positions.
         """
-        depth = torch.cat([self.depth, state["depth"]])
-        self.append(state["position"] + moved, state["column"] + columns, state["token_id"])
+        depth, place = torch.cat([self.depth, state["depth"]]), state.get("place")
+        place = None if place is None else place + moved
+        self.append(state["position"] + moved, state["column"] + columns, state["token_id"], place)
         self.restore(depth)
+
+
+def _along_axes(position: Tensor) -> Tensor:
+    """Places [t, 3] of tokens that stand at positions [t] along every axis."""
+    return repeat(position, "t -> t a", a=AXES)

@@ -136,6 +136,7 @@ def load_cache(
     policy: CachePolicy,
     decoder: nn.Module,
     devices: Sequence[torch.device],
+    adapters: str | None = None,
     *,
     mapped: bool = False,
 ) -> tuple[LazyCache, str]:
@@ -146,6 +147,7 @@ def load_cache(
         policy: the cache policy it must have been filled by.
         decoder: the decoder it must have been filled by.
         devices: by layer, where its K/V are put.
+        adapters: those the decoder must have run with.
         mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file may
             be replaced or removed meanwhile, but must not be written to.
 
@@ -160,11 +162,11 @@ def load_cache(
         )
     cache = LazyCache(policy, marks=[said.marks[place] for place in said.prompts])
     if said.fingerprint is not None:
-        if said.fingerprint != (own := fingerprint(decoder)):
+        if said.fingerprint != (own := fingerprint(decoder, adapters)):
             raise CacheError(
                 f"{str(path)!r} was filled by a model with the fingerprint {said.fingerprint}, this model has {own}"
             )
-        cache.bind(decoder)
+        cache.bind(decoder, adapters)
     cache.columns = said.columns
     by_row: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lazyllm.caches.arrival import Arrival
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
+from lazyllm.caches.ledger import AXES
 from lazyllm.caches.row import Row, distinct, same_tokens, token_counts
 from lazyllm.callbacks import Choice
 from lazyllm.errors import InputError
@@ -85,7 +86,8 @@ class Step:
         self._evicted: list[tuple[int, int, Tensor]] = []
         self._real = self._real_columns(arrival.padding)
         self.states = self._pack(arrival.hidden)
-        self.new = self._append(self._row_positions(arrival.position_ids), arrival.token_ids)
+        positions = self._row_positions(arrival.position_ids)
+        self.new = self._append(positions, arrival.token_ids, self._row_places(arrival.places, positions))
         self.token_positions = [row.ledger.position for row in self.rows]
         self.flight = self.new
         self.choices: dict[int, Choice] = {}
@@ -127,20 +129,37 @@ class Step:
             rows.append(positions)
         return rows
 
+    def _row_places(self, places: Tensor | None, positions: list[Tensor]) -> list[Tensor | None]:
+        """By row, where its new tokens [t, 3] stand along the axes of RoPE.
+
+        They go on behind the row's last ones: a model that counts from what it saw in the prompt before, which may have
+        been another row's, is put right.
+        """
+        if places is None:
+            return [None] * self.batch
+        given = rearrange(places.cpu().expand(AXES, self.batch, -1), "a b t -> b t a")
+        found: list[Tensor | None] = []
+        for row, columns, where, own in zip(self.rows, self._real, positions, given, strict=True):
+            own = own[columns]
+            if len(row.ledger) and columns.numel():
+                own = own - own[0].min() + where[0] + row.ledger.ahead
+            found.append(own)
+        return found
+
     def _pack(self, hidden: Tensor) -> Tensor:
         """Real tokens of hidden [b, t, c] behind each other, [1, t, c]."""
         if sum(token_counts(self._real)) == self.batch * self.width:
             return rearrange(hidden, "b t c -> 1 (b t) c")
         return torch.cat([hidden[row, columns.to(hidden.device)] for row, columns in enumerate(self._real)])[None]
 
-    def _append(self, positions: list[Tensor], token_ids: Tensor | None) -> list[Tensor]:
+    def _append(self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None]) -> list[Tensor]:
         """Enters the new tokens in the ledgers, at depth 0."""
         columns = self.cache.columns
         self.cache.columns += self.width
         ids = None if token_ids is None else token_ids.cpu()
         new = [
-            row.ledger.append(places, real + columns, None if ids is None else ids[index, real])
-            for index, (row, places, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
+            row.ledger.append(where, real + columns, None if ids is None else ids[index, real], places[index])
+            for index, (row, where, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
         ]
         if self.is_prefill:
             for row in self.rows:
@@ -250,6 +269,15 @@ class Step:
         tokens = self.flight if todo is None else todo
         parts = [positions[row] for positions, row in zip(self.token_positions, tokens, strict=True)]
         return torch.cat(parts)[None].to(self.states.device)
+
+    def rope_positions(self, todo: list[Tensor] | None = None) -> Tensor:
+        """What RoPE is asked for: `positions`, or where tokens stand along its axes [3, 1, t]."""
+        tokens = self.flight if todo is None else todo
+        known = [row.ledger.place for row in self.rows]
+        parts = [place[row] for place, row in zip(known, tokens, strict=True) if place is not None]
+        if not parts:
+            return self.positions(todo)
+        return rearrange(torch.cat(parts), "t a -> a 1 t").to(self.states.device)
 
     def view(self, layer: int, visible: list[Tensor]) -> LayerView:
         """The cache as `layer` sees it."""

@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback
-from lazyllm.errors import AttachError
+from lazyllm.errors import AttachError, InputError
 from lazyllm.models.attention import ATTENTION_NAME
 from lazyllm.models.families import DecoderContract, contract_of, try_layers
 from lazyllm.models.layers import RunLayer, run_layer
@@ -41,8 +41,12 @@ def attached(
     """
     stack = LazyStack(contract, selector, callbacks, missing, chunk, run)
     stack.training = model.training  # of the stack alone: its layers stay as they are
-    hook = model.register_forward_pre_hook(_note_call(stack), with_kwargs=True)
     decoder = cast(Any, contract.decoder)
+    hooks = [
+        model.register_forward_pre_hook(_note_call(stack), with_kwargs=True),
+        decoder.register_forward_pre_hook(_check_call(contract), with_kwargs=True),
+        decoder.rotary_emb.register_forward_pre_hook(_note_places(stack), with_kwargs=True),
+    ]
     before = decoder.layers
     with lazy_attention(contract):
         decoder.layers = nn.ModuleList([stack])
@@ -50,7 +54,8 @@ def attached(
             yield stack
         finally:
             decoder.layers = before
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
 
 def _note_call(stack: LazyStack) -> Any:
@@ -72,6 +77,30 @@ def _without_held(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     parts = {name: kwargs[name] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
     return {**kwargs, **{name: part[..., cache.columns :] for name, part in parts.items()}}
+
+
+def _check_call(contract: DecoderContract) -> Any:
+    """A forward pre-hook that refuses what the decoder would use between its layers, where there is one now."""
+
+    def check(decoder: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [name for name in contract.extras if isinstance(kwargs.get(name), (Tensor, list, tuple))]
+        if given:
+            raise InputError(
+                f"{type(decoder).__name__} was given {', '.join(given)}, which it uses between its layers; lazyllm "
+                "prunes nothing there: give the prompt as text alone"
+            )
+
+    return check
+
+
+def _note_places(stack: LazyStack) -> Any:
+    """A forward pre-hook that tells the stack where the decoder's RoPE sees the tokens, if along several axes."""
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        stack.places = positions if isinstance(positions, Tensor) and positions.ndim == 3 else None
+
+    return note
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lazyllm.indexing import locate
 from lazyllm.models.masks import Span, additive, causal, padding_mask
+from lazyllm.models.ranks import ALONE, Ranks
 
 ATTENTION_NAME = "lazyllm"
 FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -33,60 +34,80 @@ Kernel = Callable[..., tuple[Tensor, Any]]
 class AttentionInputs:
     """Queries and keys of one row as its layer used them: after RoPE, q/k-norm and scaling rules.
 
+    Of a model that several processes share, each has its own heads. What scorers read is of all heads, and the same in
+    every process.
+
     Attributes:
-        queries: [h, q, d] of the step's new tokens, in order of position.
+        own_queries: [h, q, d] of the step's new tokens, in order of position.
         query_positions: [q] their positions.
-        keys: [g, k, d] of the attended tokens, in storage order.
+        own_keys: [g, k, d] of the attended tokens, in storage order.
         key_tokens: [k] which tokens these are.
         key_positions: [k] their positions.
-        values: [g, k, d] their values.
+        own_values: [g, k, d] their values.
         scaling: factor on the dot products.
         softcap: tanh cap on the logits, None = none.
         window: sliding window in positions, None = full attention.
-        sinks: [h] extra logits that take probability and give no value, None = none.
+        own_sinks: [h] extra logits that take probability and give no value, None = none.
+        ranks: the processes that share the heads.
     """
 
-    queries: Tensor
+    own_queries: Tensor
     query_positions: Tensor
-    keys: Tensor
+    own_keys: Tensor
     key_tokens: Tensor
     key_positions: Tensor
-    values: Tensor
+    own_values: Tensor
     scaling: float
     softcap: float | None
     window: int | None
-    sinks: Tensor | None
+    own_sinks: Tensor | None
+    ranks: Ranks = ALONE
+
+    @property
+    def queries(self) -> Tensor:
+        """[h, q, d] of the step's new tokens."""
+        return self.ranks.all_heads(self.own_queries)
+
+    @property
+    def keys(self) -> Tensor:
+        """[g, k, d] of the attended tokens, in storage order."""
+        return self.ranks.all_heads(self.own_keys)
+
+    @property
+    def values(self) -> Tensor:
+        """[g, k, d] of the attended tokens, in storage order."""
+        return self.ranks.all_heads(self.own_values)
 
     def probabilities(self, last: int) -> Tensor:
         """Attention [h, q, k] in float32 (float64 stays) of the `last` queries; O(last * k), never N x N."""
-        queries = self.queries.shape[1]
-        return self._probabilities(max(0, queries - last), queries)
+        queries = self.own_queries.shape[1]
+        return self.ranks.all_heads(self._probabilities(max(0, queries - last), queries))
 
     def received(self, last: int | None = None) -> Tensor:
         """Attention [h, k] that each key gets from the `last` queries, or from all, summed over them.
 
         Goes through the queries in blocks: as many pairs as attention itself, but O(block * k) memory.
         """
-        queries = self.queries.shape[1]
+        queries = self.own_queries.shape[1]
         first = 0 if last is None else max(0, queries - last)
         blocks = [(start, min(start + BLOCK, queries)) for start in range(first, queries, BLOCK)]
         total = self._probabilities(*blocks[0]).sum(1)
         for block in blocks[1:]:
             total += self._probabilities(*block).sum(1)
-        return total
+        return self.ranks.all_heads(total)
 
     def _probabilities(self, start: int, stop: int) -> Tensor:
-        """Attention [h, q, k] of the queries from `start` to `stop`."""
-        queries = rearrange(self.queries[:, start:stop], "(g n) q d -> g (n q) d", g=self.keys.shape[0])
-        logits = torch.matmul(queries, self.keys.transpose(1, 2))
+        """Attention [h, q, k] of this process's heads of the queries from `start` to `stop`."""
+        queries = rearrange(self.own_queries[:, start:stop], "(g n) q d -> g (n q) d", g=self.own_keys.shape[0])
+        logits = torch.matmul(queries, self.own_keys.transpose(1, 2))
         logits = rearrange(logits, "g (n q) k -> (g n) q k", q=stop - start) * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         allowed = causal(self.query_positions[start:stop], self.key_positions, self.window)
         logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
-        if self.sinks is not None:
-            sinks = repeat(self.sinks.to(logits), "h -> h q 1", q=stop - start)
+        if self.own_sinks is not None:
+            sinks = repeat(self.own_sinks.to(logits), "h -> h q 1", q=stop - start)
             return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
         return logits.softmax(-1)
 
@@ -94,13 +115,13 @@ class AttentionInputs:
         """These, with the queries of an earlier piece of the same layer in front."""
         return replace(
             self,
-            queries=torch.cat([earlier.queries, self.queries], dim=1),
+            own_queries=torch.cat([earlier.own_queries, self.own_queries], dim=1),
             query_positions=torch.cat([earlier.query_positions, self.query_positions]),
         )
 
     def columns(self, tokens: Tensor) -> Tensor:
         """Indices [v] of `tokens` along the key axis."""
-        return locate(self.key_tokens, tokens).to(self.keys.device)
+        return locate(self.key_tokens, tokens).to(self.own_keys.device)
 
 
 @dataclass
@@ -172,6 +193,7 @@ class AttentionPlan:
         captured: where to note what scorers read; None when they will not ask.
         calls: the layer's calls of the attention function.
         peeks: whether the layer is run for its queries and keys alone: attention ends it with `Peeked`.
+        ranks: the processes that share the model.
     """
 
     rows: list[RowPlan]
@@ -180,6 +202,7 @@ class AttentionPlan:
     captured: Captured | None
     calls: list[AttentionCall] = field(default_factory=list)
     peeks: bool = False
+    ranks: Ranks = ALONE
 
 
 def planned_attention(
@@ -219,16 +242,17 @@ def _inputs(
     """What a scorer gets to see of a row's queries [1, h, q, d], keys and values [1, g, k, d]."""
     new, key_tokens = row.new_queries, row.read_key_tokens()
     return AttentionInputs(
-        queries=queries[0, :, queries.shape[2] - new :],
+        own_queries=queries[0, :, queries.shape[2] - new :],
         query_positions=row.positions[row.query_tokens[row.query_tokens.numel() - new :]],
-        keys=keys[0],
+        own_keys=keys[0],
         key_tokens=key_tokens,
         key_positions=row.positions[key_tokens],
-        values=values[0],
+        own_values=values[0],
         scaling=kwargs.get("scaling") or queries.shape[-1] ** -0.5,
         softcap=kwargs.get("softcap"),
         window=plan.window,
-        sinks=kwargs.get("s_aux"),
+        own_sinks=kwargs.get("s_aux"),
+        ranks=plan.ranks.holding(queries.shape[1]),
     )
 
 

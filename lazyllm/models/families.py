@@ -14,10 +14,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lazyllm.errors import AttachError, UnsupportedModelError
+from lazyllm.models.adapters import adapters_of
 from lazyllm.models.attention import ATTENTION_NAME, KERNELS, AttentionPlan, Captured, RowPlan
 from lazyllm.models.masks import EVERYTHING
+from lazyllm.models.ranks import ALONE, Ranks, ranks_of
 
 LAYER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "position_embeddings")
+DECODER_ARGUMENTS = {"input_ids", "inputs_embeds", "cache_position", *LAYER_ARGUMENTS}
 ATTENDING_TYPES = ("full_attention", "sliding_attention")
 _ONE_ROPE = "every layer"
 
@@ -35,6 +38,9 @@ class DecoderContract:
         devices: by layer, where it runs.
         max_positions: longest context the model was made for, None = unknown.
         calls: what runs: `forward` of every layer and of its parts. Other code or other parts are another contract.
+        ranks: the processes that share the heads.
+        adapters: the adapters the layers run with, None = none.
+        extras: arguments of the decoder that it may use between its layers.
     """
 
     decoder: nn.Module
@@ -45,6 +51,9 @@ class DecoderContract:
     devices: tuple[torch.device, ...]
     max_positions: int | None
     calls: tuple[Callable[..., Any], ...]
+    ranks: Ranks
+    adapters: str | None
+    extras: tuple[str, ...]
 
     @cached_property
     def configs(self) -> list[Any]:
@@ -65,7 +74,7 @@ class DecoderContract:
         return value.to(self.devices[layer])
 
     def rope(self, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        """RoPE for positions [1, t], by RoPE type: what the decoder itself would hand to its layers."""
+        """RoPE for positions [1, t], or [3, 1, t] along three axes, by RoPE type: what the decoder gives its layers."""
         rotary = cast(nn.Module, self.decoder.rotary_emb)
         if self.rope_types[0] == _ONE_ROPE:
             return {_ONE_ROPE: rotary(hidden, position_ids=positions)}
@@ -115,12 +124,25 @@ def contract_of(model: PreTrainedModel, *, known: DecoderContract | None = None)
         devices=tuple(_device(layer) for layer in layers),
         max_positions=getattr(config, "max_position_embeddings", None),
         calls=calls,
+        ranks=ranks_of(model, config),
+        adapters=adapters_of(model),
+        extras=tuple(sorted(inspect.signature(decoder.forward).parameters.keys() - DECODER_ARGUMENTS)),
     )
     if known is not None and known == contract:
         return known
-    if any(parameter.is_meta and not hasattr(model, "_hf_hook") for parameter in model.parameters()):
-        raise UnsupportedModelError(f"this {name} is on the meta device: it has no weights to run")
+    _check_weights(name, model, contract.ranks)
     return contract
+
+
+def _check_weights(name: str, model: PreTrainedModel, ranks: Ranks) -> None:
+    for parameter in model.parameters():
+        if parameter.is_meta and not hasattr(model, "_hf_hook"):
+            raise UnsupportedModelError(f"this {name} is on the meta device: it has no weights to run")
+        if hasattr(parameter, "device_mesh") and ranks is ALONE:
+            raise UnsupportedModelError(
+                f"this {name} is spread over processes by something other than transformers' tensor parallelism; "
+                "load it with distributed_config=DistributedConfig(tp_size=...)"
+            )
 
 
 def _config(module: nn.Module) -> Any:
@@ -145,13 +167,19 @@ def _check_layer_calls(name: str, layers: nn.ModuleList) -> None:
             )
 
 
-def _device(layer: nn.Module) -> torch.device:
-    """Where a layer runs; accelerate's hook knows when the weights are elsewhere."""
-    hook = getattr(layer, "_hf_hook", None)
-    execution_device = getattr(hook, "execution_device", None)
-    if execution_device is not None:
-        return torch.device(execution_device)
-    return next(layer.parameters()).device
+def _device(module: nn.Module) -> torch.device:
+    """Where a module runs; accelerate's hooks know when the weights are elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        execution_device = getattr(part, "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
+    return next(module.parameters()).device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    return _device(model.get_input_embeddings())
 
 
 class _ProbeView:
@@ -196,7 +224,7 @@ def _try_layer(contract: DecoderContract, index: int) -> str | None:
     row = RowPlan(
         0, whole, whole, token, lambda: token, new_queries=1, positions=token, read_spans=lambda: [EVERYTHING]
     )
-    plan = AttentionPlan([row], contract.kernel, contract.windows[index], captured=Captured())
+    plan = AttentionPlan([row], contract.kernel, contract.windows[index], Captured(), ranks=contract.ranks)
     view = _ProbeView()
     rope = contract.rope(hidden, positions)[contract.rope_types[index]]
     try:
@@ -218,4 +246,4 @@ def _try_layer(contract: DecoderContract, index: int) -> str | None:
     return None
 
 
-__all__ = ["ATTENTION_NAME", "DecoderContract", "contract_of", "try_layers"]
+__all__ = ["ATTENTION_NAME", "DecoderContract", "contract_of", "input_device", "try_layers"]

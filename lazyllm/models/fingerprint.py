@@ -14,20 +14,28 @@ NO_SETTINGS = ("_name_or_path", "transformers_version")
 """What a model's configuration says that changes no result."""
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, adapters: str | None = None) -> str:
     """32 hexadecimal digits that go by the shapes, dtypes and some numbers of a model's parameters, in their order.
 
     The same weights have the same fingerprint on every device, and while a pipeline is attached, which changes their
-    names. Quantised weights go by their shape alone.
+    names. Quantised weights go by their shape alone. Of weights that several processes share, each has a fingerprint of
+    its own part. `adapters` says which of the model's adapters are on.
     """
     digest = blake2b(digest_size=16)
-    for parameter in model.parameters():
+    for parameter in map(_own_part, model.parameters()):
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(_sample(parameter))
+        digest.update(sample(parameter))
+    if adapters is not None:
+        digest.update(adapters.encode())
     return digest.hexdigest()
 
 
-def _sample(parameter: Tensor) -> bytes:
+def _own_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def sample(parameter: Tensor) -> bytes:
     """Some numbers, evenly spaced; none where a parameter is no plain tensor."""
     if type(parameter.data) is not Tensor or parameter.is_meta or not parameter.numel():
         return b""

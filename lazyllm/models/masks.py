@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from lazyllm.errors import InputError
 from lazyllm.indexing import is_ascending
 
 
@@ -136,6 +137,30 @@ def additive(mask: Tensor | None, queries: Tensor) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=queries.dtype, device=queries.device).masked_fill(~mask, lowest)
 
 
-def padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """The registered mask function: hands the caller's 2-D padding mask [b, t] through to the stack."""
+def padding_mask(
+    *,
+    attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] | None = None,
+    allow_is_causal_skip: bool = True,
+    **sizes: Any,
+) -> Tensor | None:
+    """The registered mask function: hands the caller's 2-D padding mask [b, t] through to the stack.
+
+    Raises:
+        InputError: when a token is to see one that stands behind it.
+    """
+    if not allow_is_causal_skip and mask_function is not None and _looks_ahead(mask_function, **sizes):
+        raise InputError(
+            "tokens of this prompt see tokens behind them, as those of an image do in some models; lazyllm computes "
+            "causal attention alone: give the prompt as text"
+        )
     return attention_mask
+
+
+def _looks_ahead(
+    mask_function: Callable[..., Any], *, batch_size: int, q_length: int, q_offset: int, device: Any, **_: Any
+) -> bool:
+    """Whether transformers' mask lets any of the queries, but the last, see the token just behind it."""
+    row = rearrange(torch.arange(batch_size, device=device), "b -> b 1")
+    query = rearrange(torch.arange(q_length - 1, device=device), "q -> 1 q") + q_offset
+    return bool(torch.as_tensor(mask_function(row, torch.zeros_like(row), query, query + 1)).any())

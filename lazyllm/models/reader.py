@@ -18,7 +18,7 @@ from lazyllm.caches.step import Step
 from lazyllm.errors import ConfigError, InputError, LazyLLMError
 from lazyllm.models.attach import attached, check_model
 from lazyllm.models.attention import Captured
-from lazyllm.models.families import DecoderContract
+from lazyllm.models.families import DecoderContract, input_device
 from lazyllm.models.flops import causal_pairs, flop_model
 from lazyllm.models.loading import load_model
 from lazyllm.policies.base import LayerIndex
@@ -100,7 +100,7 @@ class Reader:
         return torch.cat(parts)
 
     def _batch(self, token_ids: Tensor) -> Tensor:
-        return token_ids[None].to(self.model.device)
+        return token_ids[None].to(input_device(self.model))
 
     def _running(self, watcher: _Watcher, contract: DecoderContract) -> AbstractContextManager[object]:
         return attached(self.model, contract, watcher, missing="nan")

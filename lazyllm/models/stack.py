@@ -56,6 +56,7 @@ class LazyStack(nn.Module):
         self.missing, self.chunk, self.run = missing, chunk, run
         self.logits_to_keep: int | Tensor = 0
         self.token_ids: Tensor | None = None
+        self.places: Tensor | None = None
 
     def forward(
         self,
@@ -74,7 +75,7 @@ class LazyStack(nn.Module):
         """
         cache = self._admit(past_key_values, hidden_states)
         keep = (self.logits_to_keep or None) if isinstance(self.logits_to_keep, int) else None
-        arrival = Arrival(hidden_states, attention_mask, position_ids, self.token_ids, keep)
+        arrival = Arrival(hidden_states, attention_mask, position_ids, self.places, self.token_ids, keep)
         outputs = [self._step(cache, part, kwargs) for part in arrival.parts(cache.prompt_left)]
         if len(outputs) == 1:
             return outputs[0]
@@ -93,7 +94,7 @@ class LazyStack(nn.Module):
                 if not any(tokens.numel() for tokens in visible):
                     break  # all of them wait for a later step
                 if rope is None or todo is not flight:
-                    rope = self.contract.rope(hidden, positions := step.positions())
+                    rope, positions = self.contract.rope(hidden, step.rope_positions()), step.positions()
                 view = step.view(i, visible)
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured = self.selector.notes_of(step, i, visible)
@@ -123,7 +124,7 @@ class LazyStack(nn.Module):
         longest, length = self.contract.max_positions, cache.columns + (cache.prompt_left or hidden.shape[1])
         if longest is not None and length > longest and cache.is_prefill(hidden.shape[1]):
             raise InputError(f"the prompt has {length} tokens, the model has positions for {longest}")
-        cache.bind(self.contract.decoder)
+        cache.bind(self.contract.decoder, self.contract.adapters)
         return cache
 
     def _plan(
@@ -157,7 +158,8 @@ class LazyStack(nn.Module):
                     read_spans=partial(masks.spans, index, todo, attended, positions, window, new=new),
                 )
             )
-        return AttentionPlan(rows=rows, kernel=self.contract.kernel, window=window, captured=captured)
+        contract = self.contract
+        return AttentionPlan(rows, contract.kernel, window, captured, ranks=contract.ranks)
 
     def _peek(
         self, step: Step, layer: int, visible: list[Tensor], masks: RowMasks, options: dict[str, Any]
@@ -171,7 +173,7 @@ class LazyStack(nn.Module):
         todo, states = step.peek(visible, layer)
         hidden = self.contract.to_layer(states, layer)
         positions = step.positions(todo)
-        rope = self.contract.rope(hidden, positions)[self.contract.rope_types[layer]]
+        rope = self.contract.rope(hidden, step.rope_positions(todo))[self.contract.rope_types[layer]]
         view = step.view_of(layer, todo, visible).peeking()
         plan = self._plan(step, view, layer, masks, captured := Captured())
         plan.peeks = True

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lazyllm.caches.eviction import Eviction
 from lazyllm.caches.step import Step
+from lazyllm.models.ranks import ALONE, Ranks
 from lazyllm.policies.base import stable_top
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.reading import Reads
@@ -20,11 +21,12 @@ class Evictor:
         eviction: how much stays, when, and by whose scores.
         protect: tokens whose K/V always stay.
         reads: language models the scorer may read prompts with.
+        ranks: the processes that share the model.
     """
 
-    def __init__(self, eviction: Eviction, protect: Protect, reads: Reads) -> None:
+    def __init__(self, eviction: Eviction, protect: Protect, reads: Reads, ranks: Ranks = ALONE) -> None:
         self.eviction = eviction
-        self.scoring = Scoring(eviction.scorer, protect, "evict", reads)
+        self.scoring = Scoring(eviction.scorer, protect, "evict", reads, ranks)
 
     def listens(self, step: Step) -> bool:
         """Whether it reads what layers note in this step."""

@@ -14,6 +14,7 @@ from lazyllm.caches.row import token_counts
 from lazyllm.caches.step import Step
 from lazyllm.errors import PolicyError
 from lazyllm.models.attention import AttentionInputs, Captured
+from lazyllm.models.ranks import ALONE, Ranks
 from lazyllm.policies.base import ScoreContext, Scorer
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import query_tokens
@@ -59,10 +60,13 @@ class Scoring:
         protect: tokens that need no score.
         use: what its scores are for; what it has seen so far is kept apart by it.
         reads: the language models it reads prompts with.
+        ranks: the processes that share the model.
     """
 
-    def __init__(self, scorer: Scorer, protect: Protect, use: Use, reads: Reads | None = None) -> None:
-        self.scorer, self.protect, self.use, self.reads = scorer, protect, use, reads or {}
+    def __init__(
+        self, scorer: Scorer, protect: Protect, use: Use, reads: Reads | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.scorer, self.protect, self.use, self.reads, self.ranks = scorer, protect, use, reads or {}, ranks
 
     @property
     def watches(self) -> bool:
@@ -93,7 +97,7 @@ class Scoring:
         return query_tokens(self.scorer.reads_query or "auto", row.marks.query, len(row.ledger), rolling=rolling)
 
     def scores(self, step: Step, index: int, layer: int, tokens: Tensor, states: Tensor, readings: Readings) -> Tensor:
-        """Scores [v] of the tokens [v] of a row, ascending, on the host.
+        """Scores [v] of the tokens [v] of a row, ascending, on the host; in every process those of the first.
 
         Raises:
             PolicyError: when the scorer returns something else.
@@ -117,7 +121,7 @@ class Scoring:
             starts=row.marks.starts,
             reads=self.reads,
         )
-        return checked(self.scorer.score(context), tokens, type(self.scorer).__name__)
+        return self.ranks.agree(checked(self.scorer.score(context), tokens, type(self.scorer).__name__))
 
 
 def checked(scores: object, tokens: Tensor, name: str) -> Tensor:

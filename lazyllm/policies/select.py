@@ -14,6 +14,7 @@ from lazyllm.caches.step import Step
 from lazyllm.callbacks import Choice
 from lazyllm.errors import ConfigError
 from lazyllm.models.attention import Captured
+from lazyllm.models.ranks import ALONE, Ranks
 from lazyllm.policies.base import Keep, Phase, Schedule, Scorer, stable_top
 from lazyllm.policies.evict import Evictor
 from lazyllm.policies.protect import Protect, no_tokens
@@ -32,17 +33,25 @@ class Selector:
         scorer, schedule, protect: the policies.
         layers: number of layers of the model.
         reads: language models that scorers may read prompts with.
+        ranks: the processes that share the model; all choose the same tokens.
 
     Raises:
         ConfigError: when the schedule does not fit the model or the scorer.
     """
 
     def __init__(
-        self, scorer: Scorer, schedule: Schedule, protect: Protect, layers: int, *, reads: Reads | None = None
+        self,
+        scorer: Scorer,
+        schedule: Schedule,
+        protect: Protect,
+        layers: int,
+        *,
+        reads: Reads | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.scorer, self.protect, self.reads = scorer, protect, reads or {}
+        self.scorer, self.protect, self.reads, self.ranks = scorer, protect, reads or {}, ranks
         self.reads_layers = scorer.reads_layers
-        self._scoring = Scoring(scorer, protect, "select", self.reads)
+        self._scoring = Scoring(scorer, protect, "select", self.reads, ranks)
         self.cuts = lru_cache(maxsize=256)(lambda phase: schedule.cuts(layers, phase))
         phases = [Phase(is_prefill, sys.maxsize, asked) for is_prefill, asked in product((True, False), repeat=2)]
         self.cut_layers = frozenset(layer for phase in phases for layer in self.cuts(phase))
@@ -114,7 +123,7 @@ class Selector:
     def _evictor(self, step: Step) -> Evictor | None:
         """What the step's cache asks for; None when nothing is ever evicted."""
         eviction = step.cache.policy.eviction
-        return None if eviction is None else Evictor(eviction, self.protect, self.reads)
+        return None if eviction is None else Evictor(eviction, self.protect, self.reads, self.ranks)
 
     def _may_narrow(self, step: Step, layer: int, bounded: bool) -> bool:
         """Whether fewer tokens may enter `layer` than the one before: at a cut, or where not all stopped ones go on."""

@@ -167,7 +167,7 @@ def _tensors_of(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
         yield name, value
     elif isinstance(value, AttentionInputs):
         for part in fields(value):
-            yield from _tensors_of(f"{name}.{part.name}", getattr(value, part.name))
+            yield from _tensors_of(f"{name}.{part.name.removeprefix('own_')}", getattr(value, part.name))
 
 
 def _check_on(scorer: Scorer, model: PreTrainedModel) -> None:
