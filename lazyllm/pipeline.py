@@ -281,15 +281,15 @@ class LazyPipeline:
         eviction = config.cache.eviction
         scorers = [config.scorer] if eviction is None else [config.scorer, eviction.scorer]
         names = list(dict.fromkeys(name for scorer in scorers for name in scorer.reads_models))
-        self._readers = open_readers(names, self.model, self.tokenizer, contract)
-        layers, reads = len(contract.layers), self._readers
+        self.readers = open_readers(names, self.model, self.tokenizer, contract)
+        layers, reads = len(contract.layers), self.readers
         self._selector = Selector(config.scorer, config.schedule, config.protect, layers, reads=reads)
         self._costs = flop_model(self.model, contract)
 
     @property
     def _read_flops(self) -> int:
         """Operations that language models have done for scorers so far."""
-        return sum(reader.flops for reader in self._readers.values())
+        return sum(reader.flops for reader in self.readers.values())
 
     def _encode(self, prompts: Sequence[Prompt], query: Query | list[Query] | None) -> list[EncodedPrompt]:
         queries = query if isinstance(query, list) else [query] * len(prompts)

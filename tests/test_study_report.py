@@ -35,7 +35,7 @@ def test_rows_are_the_lines_and_items_hold_what_every_cell_replied(folder):
     assert (data.baseline, data.title, data.conclusions) == ("stock", "sizes", "More is better.")
     lines = results.lines()
     assert [(row.cell, row.task, row.items) for row in data.rows] == [
-        (line.contender, line.task, line.items) for line in lines
+        (line.cell, line.task, line.items) for line in lines
     ]
     for row, line in zip(data.rows, lines, strict=True):
         effect = line.loss_change

@@ -92,7 +92,7 @@ class LazyCache(Cache):
         """
         self.marks = list(marks)
         for row, known in zip(self.rows, self._row_marks(len(self.rows)), strict=True):
-            row.marks = known
+            row.take_up(known)
 
     def _row_marks(self, rows: int) -> list[PromptMarks]:
         prompts = self.marks or [PromptMarks()] * rows

@@ -13,12 +13,17 @@ from lazyllm.evaluation.quality import Verdict
 from lazyllm.evaluation.statistics import Effect, median_effect, paired_difference, paired_p_value
 
 
+def written(line: Any) -> dict[str, Any]:
+    """A dataclass as plain data; in files its cell is called a contender."""
+    return {"contender" if name == "cell" else name: value for name, value in asdict(line).items()}
+
+
 @dataclass(frozen=True)
 class Line:
-    """One contender on one task.
+    """One cell on one task.
 
     Attributes:
-        task, contender: names.
+        task, cell: names.
         items: how many.
         score: mean score of the replies, None for tasks without.
         won, lost: answers with a higher score here than in the unmodified model, and the other way round.
@@ -37,7 +42,7 @@ class Line:
     """
 
     task: str
-    contender: str
+    cell: str
     items: int
     score: float | None
     won: int
@@ -54,17 +59,17 @@ class Line:
     follow_up_speedup: Effect | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, as `written`."""
+        return written(self)
 
 
 def line_of(
-    task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict], timed: Sequence[bool] | None = None
+    task: str, cell: str, mine: Sequence[Verdict], stock: Sequence[Verdict], timed: Sequence[bool] | None = None
 ) -> Line:
-    """One contender on one task, from its verdicts and the unmodified model's on the same items.
+    """One cell on one task, from its verdicts and the unmodified model's on the same items.
 
     Args:
-        task, name: what it is called.
+        task, cell: what they are called.
         mine, stock: verdicts, at least one.
         timed: for which items the times of both may be compared; all unless given.
     """
@@ -76,7 +81,7 @@ def line_of(
     won, lost = int((scored[:, 0] > scored[:, 1]).sum()), int((scored[:, 0] < scored[:, 1]).sum())
     return Line(
         task=task,
-        contender=name,
+        cell=cell,
         items=len(mine),
         score=float(scored[:, 0].mean()) if known else None,
         won=won,

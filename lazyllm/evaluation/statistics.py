@@ -5,7 +5,7 @@ All intervals are two-sided at 95 %. How well each method keeps its promise is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import ceil, inf, isnan, nan, sqrt
@@ -255,6 +255,23 @@ def _normal_reach() -> float:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """Values of a cell and of the baseline on the same items of a task; None or NaN where one is missing.
+
+    Attributes:
+        task, cell: names.
+        mine, theirs: the cell's values and the baseline's, in the same order of items.
+        lower_is_better: for losses and times.
+    """
+
+    task: str
+    cell: str
+    mine: Sequence[float | None]
+    theirs: Sequence[float | None]
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One cell against the baseline on one task.
 
@@ -310,14 +327,27 @@ def compare_family(
     Raises:
         InputError: when a task lacks the baseline, its cells differ in length, or the margin is negative.
     """
+    return compare_pairs(
+        [
+            Paired(task, cell, mine, cells[baseline], lower_is_better)
+            for task, cells in _checked(values, baseline)
+            for cell, mine in cells.items()
+            if cell != baseline
+        ],
+        margin=margin,
+        seed=seed,
+    )
+
+
+def compare_pairs(pairs: Iterable[Paired], *, margin: float = MARGIN, seed: int = 0) -> list[Comparison]:
+    """As `compare_family`, of values that are paired already; of some less may be better, of others more.
+
+    Raises:
+        InputError: for a negative margin.
+    """
     if not margin >= 0:
         raise InputError(f"a margin is at least 0, not {margin}")
-    found = [
-        _compared(task, cell, mine, cells[baseline], margin, lower_is_better, seed)
-        for task, cells in _checked(values, baseline)
-        for cell, mine in cells.items()
-        if cell != baseline
-    ]
+    found = [_compared(one, margin, seed) for one in pairs]
     adjusted = holm([one.p_value for one in found])
     return [replace(one, adjusted_p_value=value) for one, value in zip(found, adjusted, strict=True)]
 
@@ -334,33 +364,25 @@ def _checked(
         yield task, cells
 
 
-def _compared(
-    task: str,
-    cell: str,
-    mine: Sequence[float | None],
-    theirs: Sequence[float | None],
-    margin: float,
-    lower_is_better: bool,
-    seed: int,
-) -> Comparison:
-    known = [(one, other) for one, other in zip(mine, theirs, strict=True) if not _is_missing(one, other)]
-    own, base = np.array(known, dtype=float).reshape(-1, 2).T
-    difference = paired_difference(own, base)
+def _compared(pair: Paired, margin: float, seed: int) -> Comparison:
+    both = zip(pair.mine, pair.theirs, strict=True)
+    own, base = np.array([one for one in both if not _is_missing(*one)], dtype=float).reshape(-1, 2).T
+    difference, excluded = paired_difference(own, base), len(pair.mine) - own.size
     detectable = detectable_difference(own, base)
     return Comparison(
-        task=task,
-        cell=cell,
-        pairs=len(known),
-        excluded=len(mine) - len(known),
+        task=pair.task,
+        cell=pair.cell,
+        pairs=own.size,
+        excluded=excluded,
         baseline=mean_effect(base),
         mean=mean_effect(own),
         difference=difference,
         p_value=(p_value := paired_p_value(own, base, seed=seed)),
         adjusted_p_value=p_value,
-        decision=decide(-difference if lower_is_better else difference, margin),
+        decision=decide(-difference if pair.lower_is_better else difference, margin),
         margin=margin,
         detectable=detectable,
-        warnings=tuple(_warnings(own, base, len(mine) - len(known), margin, detectable)),
+        warnings=tuple(_warnings(own, base, excluded, margin, detectable)),
     )
 
 
