@@ -32,6 +32,7 @@ from lazyllm.ablation.figures import Figure
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
 from lazyllm.evaluation.quality import STOCK
+from lazyllm.fields import mapping_in, text_in
 from lazyllm.policies.base import Value
 
 if TYPE_CHECKING:
@@ -124,13 +125,7 @@ class Study(Value):
         Raises:
             ConfigError: when it is none.
         """
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{name} is not plain YAML or JSON: {error}") from None
-        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-            raise ConfigError(f"{name} holds {'nothing' if data is None else repr(data)[:60]}, not a mapping of fields")
-        return cls(**{NAME: name, **data})
+        return cls(**{NAME: name, **mapping_in(text, name, known=cls.model_fields)})
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
@@ -140,12 +135,7 @@ class Study(Value):
             ConfigError: when there is no such file, or it is no study.
         """
         path = Path(path)
-        try:
-            return cls.from_text(path.read_text(encoding="utf-8"), name=path.stem)
-        except OSError as error:
-            raise ConfigError(f"cannot read the study {str(path)!r}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"the study {str(path)!r} is not text") from None
+        return cls.from_text(text_in(path, "study"), name=path.stem)
 
     def to_yaml(self) -> str:
         """The study as YAML text."""
