@@ -88,7 +88,7 @@ def line_of(
         lost=lost,
         p_value=paired_p_value(*scored.T) if won + lost else None,
         loss=float(losses[:, 0].mean()),
-        loss_change=paired_difference(*losses.T),
+        loss_change=Effect(0.0, 0.0, 0.0) if list(mine) == list(stock) else paired_difference(*losses.T),
         speedup=_paired_speedup([(one.ttft_seconds, other.ttft_seconds) for one, other in together]),
         agreement=float(np.mean([token_agreement(one.reply, other.reply) for one, other in pairs])),
         computed_fraction=float(np.mean([one.computed_fraction for one in mine])),

@@ -26,7 +26,7 @@ MARGIN = 0.02
 FEW = 20
 """Below so many pairs a comparison says little, whatever it says."""
 FEW_DIFFERING = 8
-"""Below so many pairs that differ, intervals of graded values cover less than they should."""
+"""Below so many pairs that differ, graded differences are taken to be larger than those that were seen."""
 RESAMPLES = 999
 EXACT_SIGNS = 13
 """Up to so many differences all patterns of signs are tried, above it `FLIPS` random ones."""
@@ -68,19 +68,35 @@ def mean_effect(values: ArrayLike) -> Effect:
 
 
 def paired_difference(mine: ArrayLike, theirs: ArrayLike) -> Effect:
-    """The mean of `mine - theirs` [n]: Tango's interval where all are 0 or 1, else that of `graded_mean`."""
+    """The mean of `mine - theirs` [n]: Tango's interval where all are 0 or 1, else that of `graded_mean`.
+
+    Where hardly any graded pair differs, the interval is as wide as if one more had been won and one lost, by as much as
+    values can differ: what has not been seen is not taken to be impossible.
+    """
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
     if not is_binary(mine, theirs) or not mine.size:
-        return graded_mean(mine - theirs)
+        return graded_mean(mine - theirs, unseen=_unseen(mine, theirs))
     return tango(int((mine > theirs).sum()), int((mine < theirs).sum()), mine.size)
 
 
-def graded_mean(values: ArrayLike) -> Effect:
+def _unseen(mine: Values, theirs: Values) -> float:
+    """By how much pairs may differ of which too few have been seen: scores by 1, other values by their range."""
+    if not mine.size or np.count_nonzero(mine != theirs) >= FEW_DIFFERING:
+        return 0.0
+    both = np.concatenate([mine, theirs])
+    return 1.0 if both.min() >= 0 and both.max() <= 1 else float(np.ptp(both))
+
+
+def graded_mean(values: ArrayLike, *, unseen: float = 0.0) -> Effect:
     """The mean of any numbers [n]: the interval spans Student's t and the studentised bootstrap.
 
     Student's t is too short on one side for skewed values, the bootstrap is too short for symmetric ones with heavy
     tails; spanning both is right for either. Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap,
     section 12.5.
+
+    Args:
+        values: the numbers.
+        unseen: the standard error is that of these numbers and two more, so far above and below their mean.
     """
     values = np.asarray(values, dtype=float)
     if not values.size:
@@ -88,12 +104,18 @@ def graded_mean(values: ArrayLike) -> Effect:
     mean = float(values.mean())
     if values.size == 1:
         return Effect(mean, -inf, inf)
-    if np.ptp(values) <= ROUNDING * np.abs(values).max():
-        return Effect(mean, mean, mean)
-    error = float(stats.sem(values))
     reach = float(stats.t.ppf(1 - LEVEL / 2, values.size - 1))
+    error = sqrt(_variance(values, unseen) / values.size)
+    if np.ptp(values) <= ROUNDING * np.abs(values).max():
+        reach = reach if unseen else 0.0
+        return Effect(mean, mean - error * reach, mean + error * reach)
     low, high = np.quantile(_studentised_means(values), [LEVEL / 2, 1 - LEVEL / 2])
     return Effect(mean, mean - error * max(reach, float(high)), mean + error * max(reach, -float(low)))
+
+
+def _variance(values: Values, unseen: float) -> float:
+    """Of values [n], n > 1, as if two more lay `unseen` above and below their mean."""
+    return float(np.var(values, ddof=1) + 2 * unseen**2 / (values.size - 1))
 
 
 def _studentised_means(values: Values) -> Values:
@@ -211,7 +233,8 @@ def decide(gain: Effect, margin: float) -> Decision:
 def detectable_difference(mine: ArrayLike, theirs: ArrayLike) -> float:
     """The smallest true difference that a two-sided paired test at 5 % finds in 80 % of samples like this one.
 
-    `(t_.975 + t_.8) s / sqrt(n)` for differences of deviation s. Outcomes of 0 and 1 are told apart only by the pairs
+    `(t_.975 + t_.8) s / sqrt(n)` for differences of deviation s; where hardly any pair differs s is that of
+    `paired_difference`. Outcomes of 0 and 1 are told apart only by the pairs
     that differ, of which there are at least as many as the difference says: see `_detectable_share`.
     NaN for fewer than two pairs.
     """
@@ -221,7 +244,7 @@ def detectable_difference(mine: ArrayLike, theirs: ArrayLike) -> float:
     if is_binary(mine, theirs):
         return _detectable_share(float((mine != theirs).mean()), mine.size)
     reach = stats.t.ppf([1 - LEVEL / 2, POWER], mine.size - 1).sum()
-    return float(reach * np.std(mine - theirs, ddof=1) / sqrt(mine.size))
+    return float(reach * sqrt(_variance(mine - theirs, _unseen(mine, theirs)) / mine.size))
 
 
 def needed_pairs(difference: float, mine: ArrayLike, theirs: ArrayLike) -> int:
@@ -234,10 +257,13 @@ def needed_pairs(difference: float, mine: ArrayLike, theirs: ArrayLike) -> int:
         raise InputError(f"a difference to be found is positive, not {difference}")
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
     if is_binary(mine, theirs):
-        variance = max(difference, float((mine != theirs).mean()))
+        variance, unseen = max(difference, float((mine != theirs).mean())), 0.0
     else:
-        variance = float(np.var(mine - theirs, ddof=1))
-    return max(2, ceil(_normal_reach() ** 2 * variance / difference**2))
+        variance, unseen = float(np.var(mine - theirs, ddof=1)), _unseen(mine, theirs)
+    # n difference^2 = c^2 (variance + 2 unseen^2 / n), solved for n
+    reach = _normal_reach()
+    seen = reach**2 * variance
+    return max(2, ceil((seen + sqrt(seen**2 + 8 * (reach * difference * unseen) ** 2)) / (2 * difference**2)))
 
 
 def _detectable_share(differing: float, pairs: int) -> float:
@@ -398,7 +424,10 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
         yield f"{pairs} pairs are too few to say anything; take {FEW} at least"
     differing = int((mine != theirs).sum())
     if pairs and differing < FEW_DIFFERING and not is_binary(mine, theirs):
-        yield f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values is too short"
+        yield (
+            f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values rests on how far "
+            "they can differ"
+        )
     if pairs > 1 and detectable > margin > 0:
         yield (
             f"{pairs} pairs find differences from {detectable:.2g} on, not the margin of {margin:.2g}; "
