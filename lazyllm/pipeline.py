@@ -31,7 +31,7 @@ from lazyllm.models.families import DecoderContract, contract_of
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
-from lazyllm.models.reader import open_readers
+from lazyllm.models.reader import Reader, open_readers
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
 from lazyllm.policies.protect import Protect
@@ -61,6 +61,9 @@ class LazyPipeline:
         ConfigError: when the policies do not fit each other or the model.
         UnsupportedModelError: when the model does not follow the layer contract.
     """
+
+    readers: dict[str | None, Reader]
+    """Language models that read prompts for the scorers, by path or hub id; None is the pipeline's own."""
 
     def __init__(
         self,

@@ -13,6 +13,10 @@ from lazyllm.evaluation.quality import Verdict
 from lazyllm.evaluation.statistics import Effect, median_effect, paired_difference, paired_p_value
 
 
+UNCHANGED = Effect(0.0, 0.0, 0.0)
+"""What the unmodified model is beside itself: no sample of differences, but none at all."""
+
+
 def written(line: Any) -> dict[str, Any]:
     """A dataclass as plain data; in files its cell is called a contender."""
     return {"contender" if name == "cell" else name: value for name, value in asdict(line).items()}
@@ -88,7 +92,7 @@ def line_of(
         lost=lost,
         p_value=paired_p_value(*scored.T) if won + lost else None,
         loss=float(losses[:, 0].mean()),
-        loss_change=Effect(0.0, 0.0, 0.0) if list(mine) == list(stock) else paired_difference(*losses.T),
+        loss_change=UNCHANGED if list(mine) == list(stock) else paired_difference(*losses.T),
         speedup=_paired_speedup([(one.ttft_seconds, other.ttft_seconds) for one, other in together]),
         agreement=float(np.mean([token_agreement(one.reply, other.reply) for one, other in pairs])),
         computed_fraction=float(np.mean([one.computed_fraction for one in mine])),
