@@ -64,9 +64,7 @@ app = typer.Typer(
 
 
 ModelOption = Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")]
-PromptOption = Annotated[
-    str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")
-]
+PromptOption = Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")]
 PromptFileOption = Annotated[str | None, typer.Option(help="A UTF-8 text file, - for stdin.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")]
 GgufFileOption = Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")]

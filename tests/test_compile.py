@@ -108,5 +108,7 @@ def test_hooks_that_transformers_leaves_on_layers_are_named(asked: str):
     with torch.no_grad(), pipe.attached() as lazy:
         cache = pipe.new_cache()
         lazy(random_ids(1, 12), past_key_values=cache, logits_to_keep=1)
-        with pytest.raises(UnsupportedModelError, match="it has forward hooks.* load the model anew, or leave compile"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"it has forward hooks.* load the model anew, or leave compile"
+        ):
             lazy(random_ids(1, 1), past_key_values=cache)

@@ -113,7 +113,9 @@ def test_graded_scores_that_never_differ_say_as_little_as_outcomes_do():
     assert (effect.low, effect.estimate, effect.high) == pytest.approx((-0.152, 0, 0.152), abs=0.001)
     assert abs(effect.high - tango(0, 0, 20).high) < 0.02
     losses = [0.5, 2.0, 3.0, 4.5] * 5
-    assert paired_difference(losses, losses).high == pytest.approx(4 * effect.high), "values that reach four times as far"
+    assert paired_difference(losses, losses).high == pytest.approx(4 * effect.high), (
+        "values that reach four times as far"
+    )
     assert detectable_difference(same, same) == pytest.approx(0.214, abs=0.001)
     assert 150 <= needed_pairs(0.02, same, same) <= 200, "as for outcomes that never differ"
     assert detectable_difference(same * 10, same * 10) == pytest.approx(0.02, abs=0.001)

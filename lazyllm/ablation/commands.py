@@ -32,7 +32,12 @@ WorkersOption = Annotated[int, typer.Option(min=1, help="Processes that share th
 RayOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster, 'local' for one of this machine.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be run and what it costs.")]
 RetryOption = Annotated[bool, typer.Option("--retry", help="Run again what failed before.")]
-RetimeOption = Annotated[bool, typer.Option("--retime", help="Run the unmodified model again beside new cells, and with it what ran apart from it.")]
+RetimeOption = Annotated[
+    bool,
+    typer.Option(
+        "--retime", help="Run the unmodified model again beside new cells, and with it what ran apart from it."
+    ),
+]
 OnOption = Annotated[str, typer.Option(help="The device of --dry-run, as in predict.")]
 TrackOption = Annotated[list[str] | None, typer.Option(help="mlflow:URI or tensorboard:FOLDER.")]
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of the results.")]

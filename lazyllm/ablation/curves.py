@@ -85,7 +85,9 @@ def _draw_front(axes: Any, figure: Figure, points: Points) -> None:
     """The stairs through the cells that no other beats in both measures."""
     over, up = MEASURES[figure.x], MEASURES[figure.y]
     known = [
-        (one, two) for line, _ in points if (one := over.value(line)) is not None and (two := up.value(line)) is not None
+        (one, two)
+        for line, _ in points
+        if (one := over.value(line)) is not None and (two := up.value(line)) is not None
     ]
     if not known:
         return

@@ -112,7 +112,12 @@ def prepare(
 
 
 def _do(
-    work: Work, groups: Sequence[Group], workforce: Workforce, shelf: Shelf, store: Store, callbacks: Iterable[StudyCallback]
+    work: Work,
+    groups: Sequence[Group],
+    workforce: Workforce,
+    shelf: Shelf,
+    store: Store,
+    callbacks: Iterable[StudyCallback],
 ) -> None:
     todo = sum(len(group.units) + group.retimes for group in groups)
     known = len({place.address for place in work.plan.places}) - sum(len(group.units) for group in groups)

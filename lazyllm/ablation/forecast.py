@@ -41,9 +41,9 @@ def forecast(preview: Preview, device: Device) -> Iterator[Forecast]:
         units = [(unit.address, unit.cell) for unit in group.units]
         if group.retimes:
             units.append((group.stock, stocks[group.stock]))
-        for address, cell in units:
+        for address, name in units:
             done.discard(address)
-            todo[cell].append(group.item)
+            todo[name].append(group.item)
     known = Counter(place.cell for place in preview.work.plan.places if place.address in done)
     shapes: dict[ModelRef, ModelShape | None] = {}
     for cell in preview.work.cells.values():

@@ -11,8 +11,8 @@ from typing import Any
 
 from lazyllm.ablation import figures
 from lazyllm.ablation.drawing import svg_of
-from lazyllm.ablation.measures import MEASURES
 from lazyllm.ablation.engine import folder_of
+from lazyllm.ablation.measures import MEASURES
 from lazyllm.ablation.plan import CellFacts, Place
 from lazyllm.ablation.results import Results
 from lazyllm.ablation.store import STUDY

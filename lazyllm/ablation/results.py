@@ -95,7 +95,8 @@ class Results:
         if not (own and stock):
             return None
         one, other = timed_together(own, stock) or (own[0], stock[0])
-        assert one.verdict is not None and other.verdict is not None
+        assert one.verdict is not None, "only results are paired"
+        assert other.verdict is not None
         return _verdict(one.verdict), _verdict(other.verdict), one.place == other.place
 
     def pairs(self) -> Iterator[tuple[str, str, list[Pair]]]:

@@ -12,7 +12,6 @@ from lazyllm.evaluation.fidelity import token_agreement
 from lazyllm.evaluation.quality import Verdict
 from lazyllm.evaluation.statistics import Effect, median_effect, paired_difference, paired_p_value
 
-
 UNCHANGED = Effect(0.0, 0.0, 0.0)
 """What the unmodified model is beside itself: no sample of differences, but none at all."""
 

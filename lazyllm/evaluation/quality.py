@@ -154,9 +154,7 @@ def judge(
     return _judged(contender, item, reference, dense)[0]
 
 
-def judge_and_run(
-    stock: Contender, item: Item, *, reference: Sequence[int] | None = None
-) -> tuple[Verdict, DenseRun]:
+def judge_and_run(stock: Contender, item: Item, *, reference: Sequence[int] | None = None) -> tuple[Verdict, DenseRun]:
     """As `judge`, with the greedy run too, which others are compared with: for the unmodified model."""
     verdict, reply = _judged(stock, item, reference, None)
     return verdict, _dense_run(verdict.text, reply)

@@ -70,8 +70,8 @@ def mean_effect(values: ArrayLike) -> Effect:
 def paired_difference(mine: ArrayLike, theirs: ArrayLike) -> Effect:
     """The mean of `mine - theirs` [n]: Tango's interval where all are 0 or 1, else that of `graded_mean`.
 
-    Where hardly any graded pair differs, the interval is as wide as if one more had been won and one lost, by as much as
-    values can differ: what has not been seen is not taken to be impossible.
+    Where hardly any graded pair differs, the interval is as wide as if one more had been won and one lost, by as much
+    as values can differ: what has not been seen is not taken to be impossible.
     """
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
     if not is_binary(mine, theirs) or not mine.size:
@@ -425,8 +425,8 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
     differing = int((mine != theirs).sum())
     if pairs and differing < FEW_DIFFERING and not is_binary(mine, theirs):
         yield (
-            f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values rests on how far "
-            "they can differ"
+            f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values rests on how "
+            "far they can differ"
         )
     if pairs > 1 and detectable > margin > 0:
         yield (
