@@ -70,8 +70,7 @@ def mean_effect(values: ArrayLike) -> Effect:
 def paired_difference(mine: ArrayLike, theirs: ArrayLike) -> Effect:
     """The mean of `mine - theirs` [n]: Tango's interval where all are 0 or 1, else that of `graded_mean`.
 
-    Where hardly any graded pair differs, the interval is as wide as if one more had been won and one lost, by as much
-    as values can differ: what has not been seen is not taken to be impossible.
+    Where hardly any graded pair differs, what has not been seen is not taken to be impossible: see `_unseen`.
     """
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
     if not is_binary(mine, theirs) or not mine.size:
@@ -80,11 +79,18 @@ def paired_difference(mine: ArrayLike, theirs: ArrayLike) -> Effect:
 
 
 def _unseen(mine: Values, theirs: Values) -> float:
-    """By how much pairs may differ of which too few have been seen: scores by 1, other values by their range."""
-    if not mine.size or np.count_nonzero(mine != theirs) >= FEW_DIFFERING:
+    """What is added to the squared deviations of `mine - theirs` [n] for pairs that might have differed.
+
+    If none of many differs, it is that of one more pair won and one more lost, by as much as values can differ: by 1
+    between scores from 0 to 1, by their range between others. With m that differ it is `(1 - m / 8) (1 - m / n)` of it,
+    so that nothing is added from `FEW_DIFFERING` on, or where all differ.
+    """
+    differing = np.count_nonzero(mine != theirs)
+    if not mine.size or differing >= FEW_DIFFERING:
         return 0.0
     both = np.concatenate([mine, theirs])
-    return 1.0 if both.min() >= 0 and both.max() <= 1 else float(np.ptp(both))
+    most = 1.0 if both.min() >= 0 and both.max() <= 1 else float(np.ptp(both))
+    return 2 * most**2 * (1 - differing / FEW_DIFFERING) * (1 - differing / mine.size)
 
 
 def graded_mean(values: ArrayLike, *, unseen: float = 0.0) -> Effect:
@@ -96,7 +102,7 @@ def graded_mean(values: ArrayLike, *, unseen: float = 0.0) -> Effect:
 
     Args:
         values: the numbers.
-        unseen: the standard error is that of these numbers and two more, so far above and below their mean.
+        unseen: is added to the sum of their squared deviations.
     """
     values = np.asarray(values, dtype=float)
     if not values.size:
@@ -114,8 +120,8 @@ def graded_mean(values: ArrayLike, *, unseen: float = 0.0) -> Effect:
 
 
 def _variance(values: Values, unseen: float) -> float:
-    """Of values [n], n > 1, as if two more lay `unseen` above and below their mean."""
-    return float(np.var(values, ddof=1) + 2 * unseen**2 / (values.size - 1))
+    """Of values [n], n > 1, with `unseen` added to their squared deviations."""
+    return float(np.var(values, ddof=1)) + unseen / (values.size - 1)
 
 
 def _studentised_means(values: Values) -> Values:
@@ -260,10 +266,9 @@ def needed_pairs(difference: float, mine: ArrayLike, theirs: ArrayLike) -> int:
         variance, unseen = max(difference, float((mine != theirs).mean())), 0.0
     else:
         variance, unseen = float(np.var(mine - theirs, ddof=1)), _unseen(mine, theirs)
-    # n difference^2 = c^2 (variance + 2 unseen^2 / n), solved for n
-    reach = _normal_reach()
-    seen = reach**2 * variance
-    return max(2, ceil((seen + sqrt(seen**2 + 8 * (reach * difference * unseen) ** 2)) / (2 * difference**2)))
+    # n difference^2 = c^2 (variance + unseen / n), solved for n
+    seen, more = _normal_reach() ** 2 * variance, _normal_reach() ** 2 * unseen
+    return max(2, ceil((seen + sqrt(seen**2 + 4 * difference**2 * more)) / (2 * difference**2)))
 
 
 def _detectable_share(differing: float, pairs: int) -> float:
@@ -423,7 +428,7 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
     if pairs < FEW:
         yield f"{pairs} pairs are too few to say anything; take {FEW} at least"
     differing = int((mine != theirs).sum())
-    if pairs and differing < FEW_DIFFERING and not is_binary(mine, theirs):
+    if differing < min(pairs, FEW_DIFFERING) and not is_binary(mine, theirs):
         yield (
             f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values rests on how "
             "far they can differ"
