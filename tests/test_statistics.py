@@ -107,8 +107,8 @@ def test_the_interval_of_graded_scores_covers_where_hardly_any_differ(name: str,
 
 
 def test_nothing_is_added_where_all_pairs_differ_or_eight_do():
-    few, many = np.array([0.1, 0.3, 0.2]), np.arange(20) % 5 / 10
-    assert paired_difference(few + [0.1, 0.2, 0.3], few) == graded_mean((few + [0.1, 0.2, 0.3]) - few)
+    few, more, many = np.array([0.1, 0.3, 0.2]), np.array([0.2, 0.5, 0.5]), np.arange(20) % 5 / 10
+    assert paired_difference(more, few) == graded_mean(more - few)
     for differing, is_wider in ((7, True), (8, False)):
         changed = many + 0.1 * (np.arange(20) < differing)
         wide, narrow = paired_difference(changed, many), graded_mean(changed - many)
