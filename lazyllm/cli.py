@@ -67,6 +67,13 @@ app = typer.Typer(
 # -- generate --------------------------------------------------------------------------------------
 
 
+ModelOption = Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")]
+PromptOption = Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")]
+PromptFileOption = Annotated[str | None, typer.Option(help="A UTF-8 text file, - for stdin.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")]
+GgufFileOption = Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")]
+DtypeOption = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")]
+WeightsOption = Annotated[str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")]
 PresetOption = Annotated[str, typer.Option(help="A preset's name, or the path of a configuration file.")]
 ScorerOption = Annotated[str | None, typer.Option(help="Instead of the preset's: 'WindowAttention(window=16)'.")]
 ScheduleOption = Annotated[str | None, typer.Option(help="Instead of the preset's: 'Stages({9: 0.7})'.")]
@@ -78,15 +85,13 @@ RecentOption = Annotated[int | None, typer.Option(help="Tokens at the end that a
 @app.command()
 @errors_as_lines()
 def generate(
-    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
-    prompt: Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")] = None,
-    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file, - for stdin.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")] = False,
-    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
-    weights: Annotated[
-        str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")
-    ] = None,
+    model: ModelOption,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    chat: ChatOption = False,
+    gguf_file: GgufFileOption = None,
+    dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     preset: PresetOption = "recommended",
     scorer: ScorerOption = None,
     schedule: ScheduleOption = None,
@@ -584,7 +589,7 @@ def _limits(predictions: Sequence[Prediction]) -> Iterator[str]:
 @app.command("tune")
 @errors_as_lines()
 def tune_schedule(
-    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    model: ModelOption,
     prompts: Annotated[Path, typer.Option(help="Folder of .txt files, or a .jsonl file with a field 'prompt'.")],
     speedup: Annotated[float | None, typer.Option(help="Reach this speedup with the least loss.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Lose at most this, KL in nats per token.")] = None,
@@ -594,11 +599,9 @@ def tune_schedule(
     seed: Annotated[int, typer.Option(help="Seed of the search and of the choice of validation prompts.")] = 0,
     rules: Annotated[str, typer.Option(help="How a cut may say what it keeps.")] = "share,ratio",
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each text as one user message.")] = False,
-    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
-    weights: Annotated[
-        str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")
-    ] = None,
+    gguf_file: GgufFileOption = None,
+    dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     preset: Annotated[str, typer.Option(help="Whose cache, protected tokens and scorer to take.")] = "recommended",
     scorer: Annotated[str | None, typer.Option(help="The scorer whose numbers to search, with a start.")] = None,
     cache: CacheOption = None,
@@ -656,17 +659,15 @@ def _tuning_progress() -> Iterator[Callable[[str, int, int], None]]:
 @app.command("inspect")
 @errors_as_lines()
 def inspect_prompt(
-    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
-    prompt: Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")] = None,
-    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file, - for stdin.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")] = False,
+    model: ModelOption,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    chat: ChatOption = False,
     query: Annotated[str | None, typer.Option(help="What the prompt asks, as a part of its text.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("inspect.html"),
-    gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the folder or repository.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(['auto', *DTYPES])}.")] = "auto",
-    weights: Annotated[
-        str | None, typer.Option(help=f"Bits of the linear layers' weights: {', '.join(WEIGHTS)}.")
-    ] = None,
+    gguf_file: GgufFileOption = None,
+    dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     preset: PresetOption = "recommended",
     scorer: ScorerOption = None,
     schedule: ScheduleOption = None,

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from lazyllm.caches import CACHES, AuxCache, CachePolicy
 from lazyllm.errors import ConfigError, unknown
+from lazyllm.fields import mapping_in, text_in
 from lazyllm.policies.base import Policy
 from lazyllm.policies.nested import AnySchedule, AnyScorer
 from lazyllm.policies.protect import Protect
@@ -73,15 +74,7 @@ class LazyConfig(Policy):
         Raises:
             ConfigError: when the text is empty, no YAML, or no configuration.
         """
-        try:
-            data = _read(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{source} is not plain YAML or JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{source} holds {'nothing' if data is None else repr(data)}, not a mapping of fields")
-        if strange := [key for key in data if not isinstance(key, str)]:
-            raise ConfigError(f"{source}: {unknown('field', strange[0], cls.model_fields)}")
-        return cls(**data)
+        return cls(**mapping_in(text, source, known=cls.model_fields))
 
     @classmethod
     def load(cls, path: str | Path) -> LazyConfig:
@@ -91,12 +84,7 @@ class LazyConfig(Policy):
             ConfigError: when there is no such file, or it is no configuration.
         """
         path = Path(path)
-        try:
-            return cls.from_text(path.read_text(encoding="utf-8"), source=str(path))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"the configuration {str(path)!r} is not text") from None
+        return cls.from_text(text_in(path, "configuration"), source=str(path))
 
     @classmethod
     def preset(cls, name: str | Path) -> LazyConfig:
@@ -111,14 +99,6 @@ class LazyConfig(Policy):
         if Path(name).suffix in (".json", ".yaml", ".yml"):
             return cls.load(name)
         raise ConfigError(unknown("preset", str(name), shipped) + " Or give the path of a .yaml or .json file.")
-
-
-def _read(text: str) -> Any:
-    """Plain data; JSON first, since YAML would split characters that JSON escapes as surrogate pairs."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return yaml.safe_load(text)
 
 
 def preset_names() -> list[str]:

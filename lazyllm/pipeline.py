@@ -73,6 +73,9 @@ class LazyPipeline:
         UnsupportedModelError: when the model does not follow the layer contract.
     """
 
+    readers: dict[str | None, Reader]
+    """Language models that read prompts for the scorers, by path or hub id; None is the pipeline's own."""
+
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -506,21 +509,16 @@ class LazyPipeline:
         eviction = config.cache.eviction
         scorers = [config.scorer] if eviction is None else [config.scorer, eviction.scorer]
         names = list(dict.fromkeys(name for scorer in scorers for name in scorer.reads_models))
-        self._readers = open_readers(names, self.model, self.tokenizer, contract)
-        layers, reads = len(contract.layers), self._readers
+        self.readers = open_readers(names, self.model, self.tokenizer, contract)
+        layers, reads = len(contract.layers), self.readers
         policies = (config.scorer, config.schedule, config.protect)
         self._selector = Selector(*policies, layers, reads=reads, ranks=contract.ranks)
         self._costs = flop_model(self.model, contract)
 
     @property
-    def readers(self) -> Mapping[str | None, Reader]:
-        """Language models that read prompts for scorers, by name; None is the model itself."""
-        return self._readers
-
-    @property
     def _read_flops(self) -> int:
         """Operations that language models have done for scorers so far."""
-        return sum(reader.flops for reader in self._readers.values())
+        return sum(reader.flops for reader in self.readers.values())
 
     def _encode(self, prompts: Sequence[Prompt], query: Query | list[Query] | None) -> list[EncodedPrompt]:
         queries = query if isinstance(query, list) else [query] * len(prompts)

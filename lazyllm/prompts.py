@@ -104,7 +104,7 @@ class UnitStarts(Mapping[Unit, tuple[int, ...]]):
 
     @cached_property
     def _found(self) -> dict[Unit, tuple[int, ...]]:
-        return _starts(self._known)
+        return _starts(self._known) if self else {}
 
     def __getitem__(self, unit: Unit) -> tuple[int, ...]:
         return self._found[unit]
@@ -114,6 +114,9 @@ class UnitStarts(Mapping[Unit, tuple[int, ...]]):
 
     def __len__(self) -> int:
         return len(self._found)
+
+    def __bool__(self) -> bool:
+        return self._known.text is not None and bool(self._known.offsets)
 
     def __repr__(self) -> str:
         return repr(self._found)
@@ -400,8 +403,7 @@ def _asking(text: str, user: CharRange | None) -> list[CharRange]:
 
 def _starts(known: _Text) -> dict[Unit, tuple[int, ...]]:
     """First tokens of the text's lines, sentences and paragraphs."""
-    if known.text is None or not known.offsets:
-        return {}
+    assert known.text is not None, "asked only where there is one"
     stops = torch.tensor([stop for _, stop in known.offsets]).cummax(0).values
     starts: dict[Unit, tuple[int, ...]] = {}
     for unit, separator in SEPARATORS.items():

@@ -1,5 +1,6 @@
 """Studies: what a file means, what is computed, what is kept, and what no accident may change."""
 
+import gc
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from lazyllm import (
     preset_names,
 )
 from lazyllm.ablation import Axis, Draw, Span, Study
-from lazyllm.ablation.cells import changed
+from lazyllm.ablation.cells import ModelRef, changed
 from lazyllm.ablation.engine import StudyCallback, prepare
 from lazyllm.ablation.forecast import forecast
 from lazyllm.ablation.models import Shelf
@@ -381,6 +382,23 @@ def test_whatever_else_a_result_depends_on_is_part_of_its_address(change):
     assert not found(load) & found(changed_load)
 
 
+def test_the_weights_of_a_draft_model_are_part_of_its_cells_addresses(tmp_path):
+    """Whatever lies under its path; of cells without one nothing changes."""
+
+    def found(model) -> dict[str, set[str]]:
+        for part in load(ModelRef(model, "float64", None, "cpu")):
+            part.save_pretrained(tmp_path)
+        gc.collect()  # a draft is kept as long as somebody holds it
+        cells = [{"name": "draft", "scorer": {"name": "DraftModel", "model": str(tmp_path)}}, {"name": "none"}]
+        places = make_work(small(cells=cells), Shelf(load)).plan.places
+        return {cell: {place.address for place in places if place.cell == cell} for cell in ("draft", "none", "stock")}
+
+    one, same, other = found("tiny"), found("tiny"), found("tiny-2")
+    assert one == same
+    assert not one["draft"] & other["draft"]
+    assert (one["none"], one["stock"]) == (other["none"], other["stock"])
+
+
 def test_an_item_that_is_drawn_twice_counts_once(tmp_path):
     path = tmp_path / "items.jsonl"
     lines = [{"prompt": text, "answers": ["to"]} for text in ("name city age", "age city name", "name city age")]
@@ -426,7 +444,7 @@ def test_losses_are_compared_along_the_reply_that_is_known(tmp_path, retime):
 def test_each_model_and_setting_has_its_own_unmodified_model(tmp_path):
     study = small(axes=[{"field": "model", "values": ["tiny", "tiny-2"]}, {"field": "tokens", "values": [300, 400]}])
     results = study.run(tmp_path, load=load)
-    names = [line.contender for line in results.lines() if line.task == "records"]
+    names = [line.cell for line in results.lines() if line.task == "records"]
     assert names[:2] == ["stock, model=tiny, tokens=300", "stock, model=tiny, tokens=400"]
     assert len(names) == 8
     other = small(axes=[{"field": "tasks", "values": {"few": {"records": 1}, "more": {"records": 2}}}])
@@ -460,8 +478,8 @@ def test_cells_that_are_the_same_are_computed_once_and_said(tmp_path):
     study = small(axes=[RECENT], cells=[{"protect.recent": 16, "name": "twin"}])
     assert study.notices() == ["'twin' is the same as 'protect.recent=16': computed once"]
     assert len(units(study, tmp_path)) == 3 * 3
-    by_cell = {line["contender"]: line for line in figures(Results.load(tmp_path)) if line["task"] == "records"}
-    assert {**by_cell["twin"], "contender": ""} == {**by_cell["protect.recent=16"], "contender": ""}
+    by_cell = {line["cell"]: line for line in figures(Results.load(tmp_path)) if line["task"] == "records"}
+    assert {**by_cell["twin"], "cell": ""} == {**by_cell["protect.recent=16"], "cell": ""}
     alike = small(cells=[{"name": "a"}, {"name": "b"}])
     assert "all 2 cells are the same" in alike.notices()[0]
 
@@ -471,16 +489,33 @@ def test_times_are_compared_within_one_worker_of_one_run(tmp_path):
     assert whole.notices == []
     assert all(line.speedup is not None for line in whole.lines())
     wider = small(axes=[{**RECENT, "values": [4, 16, 32]}]).run(tmp_path, load=load)
-    by_cell = {line.contender: line for line in wider.lines() if line.task == "records"}
+    by_cell = {line.cell: line for line in wider.lines() if line.task == "records"}
     assert by_cell["protect.recent=32"].speedup is None
     assert by_cell["protect.recent=16"].speedup is not None
     assert "3 of 9 units ran apart" in wider.notices[0]
     retimed = small(axes=[{**RECENT, "values": [4, 16, 32, 64]}]).run(tmp_path, load=load, retime=True)
-    by_cell = {line.contender: line for line in retimed.lines() if line.task == "records"}
+    by_cell = {line.cell: line for line in retimed.lines() if line.task == "records"}
     assert by_cell["protect.recent=64"].speedup is not None
     rows = {(row["cell"], row["task"], row["index"]): row for row in retimed.rows()}
     assert rows["protect.recent=64", "records", 0]["speedup"] > 0
-    assert rows["protect.recent=32", "records", 0]["speedup"] is None
+    assert rows["protect.recent=32", "records", 0]["speedup"] > 0, "what ran apart before is timed as well"
+    assert retimed.notices == []
+
+
+def test_what_was_timed_once_is_not_timed_again(tmp_path):
+    few, more = small(axes=[RECENT]), small(axes=[{**RECENT, "values": [4, 16, 32]}])
+    units(few, tmp_path)
+    units(more, tmp_path)
+    before = figures(Results.load(tmp_path))
+    preview = prepare(more, tmp_path, retime=True, load=load)
+    todo = {line.cell: (line.known, line.todo) for line in forecast(preview, Device.named("h100-sxm"))}
+    assert todo == {
+        "stock": (0, 3), "protect.recent=4": (3, 0), "protect.recent=16": (3, 0), "protect.recent=32": (0, 3),
+    }  # fmt: skip
+    again = units(more, tmp_path, retime=True)
+    assert sorted(record.cell for record in again) == ["protect.recent=32"] * 3 + ["stock"] * 3
+    assert figures(Results.load(tmp_path)) == before
+    assert units(more, tmp_path, retime=True) == []
 
 
 def test_no_decision_depends_on_the_clock(tmp_path, monkeypatch):
@@ -506,7 +541,7 @@ def test_a_unit_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     results = Results.load(tmp_path)
     assert [(state.done, state.failed) for state in results.status() if state.cell == "broken"] == [(0, 2), (0, 1)]
     assert sum(count for _, count in results.failures()) == 3
-    assert "broken" not in {line.contender for line in results.lines()}
+    assert "broken" not in {line.cell for line in results.lines()}
     assert units(study, tmp_path) == []
     assert [record.cell for record in units(study, tmp_path, retry=True)] == ["broken"] * 3
 
@@ -534,7 +569,7 @@ def test_a_loss_that_is_no_number_is_a_failure(tmp_path, monkeypatch, loss):
     )
     results = small().run(tmp_path, load=load)
     assert f"the loss of the reference is {loss}" in results.failures()[0][0]
-    assert {line.contender for line in results.lines()} == {"stock"}
+    assert {line.cell for line in results.lines()} == {"stock"}
 
 
 def test_where_the_unmodified_model_fails_those_that_need_its_reply_do(tmp_path, monkeypatch):
@@ -729,7 +764,7 @@ def test_a_frame_has_a_row_per_unit(finished):
     }
     assert set(frame["protect.recent"].dropna()) == {"4", "16"}
     means = frame[frame.task == "records"].groupby("cell")["loss"].mean()
-    lines = {line.contender: line for line in Results.load(folder).lines() if line.task == "records"}
+    lines = {line.cell: line for line in Results.load(folder).lines() if line.task == "records"}
     assert {cell: pytest.approx(line.loss) for cell, line in lines.items()} == means.to_dict()
 
 

@@ -1,7 +1,9 @@
 """Studies from the command line, on a tiny model in a folder, and in trackers."""
 
+import html
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,18 @@ def test_an_evaluation_is_a_study(lazyllm, model):
     assert all(name in shown for name in ("stock", "random-drop", "streamingllm", "records", "table"))
     assert len(Path("out/eval/results.jsonl").read_text().splitlines()) == 2 * 3
     assert lazyllm("eval", "--preset", "random-drop,streamingllm", *options).stdout == shown
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "else where"]], ids=["out/NAME", "elsewhere"])
+def test_the_command_on_a_page_goes_on_with_an_evaluation(lazyllm, model, out):
+    options = ["--tasks", "records", "--items", 1, "--tokens", 300, "--model", model, "--dtype", "float64", *out]
+    shown = lazyllm("eval", "--preset", "random-drop", *options).stdout
+    folder = out[-1] if out else "out/eval"
+    lazyllm("report", folder, "-o", "page.html")
+    page = html.unescape(Path("page.html").read_text(encoding="utf-8"))
+    (command,) = re.findall(r"lazyllm (ablate .*?)<", page)
+    assert lazyllm(*shlex.split(command)).stdout == shown
+    assert len(Path(folder, "results.jsonl").read_text().splitlines()) == 2
 
 
 def test_configurations_of_one_name_are_refused(lazyllm, model):

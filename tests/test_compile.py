@@ -98,3 +98,17 @@ def test_layers_that_cannot_be_compiled_are_refused_and_nothing_is_lost(family: 
         ):
             lazy(random_ids(1, 1), past_key_values=cache)
         assert (cache.columns, cache.kv_bytes) == (12, held)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_hooks_that_transformers_leaves_on_layers_are_named(asked: str):
+    model = own_model(kernel="eager")
+    model(random_ids(1, 5), **{asked: True})
+    pipe = LazyPipeline.from_config(DENSE.model_copy(update={"compile": True}), model)
+    with torch.no_grad(), pipe.attached() as lazy:
+        cache = pipe.new_cache()
+        lazy(random_ids(1, 12), past_key_values=cache, logits_to_keep=1)
+        with pytest.raises(
+            UnsupportedModelError, match=r"it has forward hooks.* load the model anew, or leave compile"
+        ):
+            lazy(random_ids(1, 1), past_key_values=cache)

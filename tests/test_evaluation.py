@@ -9,6 +9,7 @@ from pydantic import create_model
 
 from lazyllm import (
     AuxCache,
+    Blockwise,
     Combined,
     Constant,
     InputError,
@@ -32,7 +33,6 @@ from lazyllm.evaluation.quality import (
     Contender,
     Verdict,
     dense_run,
-    evidence_recall,
     forced_logits,
     judge,
 )
@@ -112,17 +112,8 @@ def test_recall_is_the_share_of_the_evidence_that_stays(tokenizer, recent: int):
     pipe = pipeline(
         tokenizer, scorer="SinkRecent(sinks=0)", schedule=Constant(recent / 40, start=1), protect=Protect(recent=1)
     )
-    found = evidence_recall(pipe, one, layer=2)
-    assert found.evidence == min(recent, 20) / 20
-    assert found.kept == recent / 40
-
-
-def test_recall_leaves_the_model_usable_and_needs_evidence(tokenizer):
-    pipe = pipeline(tokenizer, scorer=Random(), schedule=Constant(0.5))
-    with pytest.raises(InputError, match="names no evidence"):
-        evidence_recall(pipe, item(), layer=2)
-    evidence_recall(pipe, item(evidence=(" ".join(words(0, 40)[:5]),)), layer=2)
-    pipe.generate(" ".join(words(1, 20)), max_new_tokens=2)
+    assert judge(Contender(pipe, "recent"), one).recall == min(recent, 20) / 20
+    assert judge(Contender(pipe, "recent"), item()).recall is None
 
 
 def test_the_loss_is_that_of_the_reference_after_the_prompt(tokenizer):
@@ -178,6 +169,12 @@ def test_the_query_of_a_second_turn_is_its_question(tokenizer, monkeypatch):
     assert asked[-1].context_tokens > asked[0].context_tokens
 
 
+def test_units_of_a_text_are_known_in_a_second_turn_too(tokenizer):
+    pipe = pipeline(tokenizer, scorer=Blockwise(Random(), "sentence"), schedule=Constant(0.5, start=1))
+    verdict = judge(Contender(pipe, "sentences"), item(follow_up="w7 w8"))
+    assert verdict.follow_up_seconds is not None
+
+
 def test_a_pruned_pipeline_is_judged_on_what_it_computes(tokenizer):
     pipe = pipeline(tokenizer, scorer=LastTokenAttention(), schedule=Constant(0.5, start=1), cache=AuxCache())
     verdict = judge(Contender(pipe, "half"), item(), reference=[VOCABULARY % 60 + 3, 9])
@@ -211,6 +208,13 @@ def test_a_pruned_pipeline_is_measured_along_the_dense_reply(tokenizer):
     assert verdict.top1 == top1_agreement(dense.logits, logits)
     assert verdict.agreement == token_agreement(verdict.reply, dense.reply) < 1
     assert (verdict.reply, verdict.loss, verdict.cache_bytes) == (alone.reply, alone.loss, alone.cache_bytes)
+
+
+def test_only_what_others_are_compared_with_is_brought_together(tokenizer, monkeypatch):
+    dense = dense_run(Contender(pipeline(tokenizer, cache="DenseCache"), STOCK, is_stock=True), item())
+    monkeypatch.setattr("lazyllm.evaluation.quality.DenseRun", None)
+    half = Contender(pipeline(tokenizer, scorer=Random(), schedule=Constant(0.5)), "half")
+    assert judge(half, item(), dense=dense).divergence > 0
 
 
 def test_the_second_turn_is_timed_and_its_evidence_is_counted_again(tokenizer):

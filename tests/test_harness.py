@@ -456,7 +456,7 @@ def test_a_request_that_is_too_long_is_refused_where_it_must_not_be_cut(config):
 # -- several configurations on the same items ----------------------------------------------------------
 
 
-def test_items_of_all_contenders_are_the_same(task):
+def test_items_of_all_cells_are_the_same(task):
     configs = {"dense": DENSE, "pruned": PRUNED["last token"]}
     heard = []
     results = evaluate(
@@ -469,10 +469,10 @@ def test_items_of_all_contenders_are_the_same(task):
         on_result=heard.append,
     )
     assert heard == results
-    assert [(one.contender, one.task) for one in results] == [
+    assert [(one.cell, one.task) for one in results] == [
         (name, f"local_{kind}") for name in configs for kind in ("choices", "replies")
     ]
-    by_name = {(one.contender, one.task): one for one in results}
+    by_name = {(one.cell, one.task): one for one in results}
     for kind in ("local_choices", "local_replies"):
         dense, pruned = by_name["dense", kind], by_name["pruned", kind]
         assert [one.doc_id for one in dense.items] == [0, 1, 2]
@@ -492,7 +492,7 @@ def test_items_of_all_contenders_are_the_same(task):
     assert set(choices.metrics) == {"acc", "acc_norm"} == set(choices.errors)
 
 
-def test_generation_is_changed_for_all_contenders(task):
+def test_generation_is_changed_for_all_cells(task):
     (short,), (long,) = (
         evaluate(tiny_model(), TOKENIZER, {"dense": DENSE}, [task("replies")], limit=1, generation=generation)
         for generation in ({"max_gen_toks": 2, "until": []}, {"max_gen_toks": 7, "until": []})
@@ -561,6 +561,30 @@ def test_a_metric_that_the_first_item_lacks_is_compared_too():
         ("made acc", 2, 0),
         ("made exact", 1, 1),
     ]
+
+
+def test_of_some_metrics_less_is_better(task):
+    """As a task or lm-eval's registry says; of a log-likelihood, which becomes a perplexity, more is better."""
+    wrong = {"metric": "exact_match", "higher_is_better": False, "aggregation": "mean"}
+    tasks = [{**task("replies"), "metric_list": [wrong]}, task("choices")]
+    scored = {**task("replies"), "task": "local_scored", "output_type": "loglikelihood"}
+    tasks.append({**scored, "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]})
+    results = evaluate(tiny_model(), TOKENIZER, {"dense": DENSE}, tasks, limit=2)
+    assert {one.task: one.lower_is_better for one in results} == {
+        "local_replies": ("exact_match",),
+        "local_choices": (),
+        "local_scored": (),
+    }
+    assert all(value < 0 for one in results[-1].items for name, value in one.metrics.items() if name == "perplexity")
+
+
+def test_what_has_more_of_a_bad_thing_is_inferior():
+    def result(cell: str, errors: float) -> HarnessResult:
+        items = tuple(HarnessItem(index, "", (), (), {"errors": errors, "acc": errors}) for index in range(40))
+        return HarnessResult(cell, "made", {}, {}, items, 1.0, 0.0, lower_is_better=("errors",))
+
+    found = family([result("dense", 0.0), result("more", 1.0)])
+    assert [(one.task, one.decision) for one in found] == [("made errors", "inferior"), ("made acc", "non-inferior")]
 
 
 def test_the_command_says_what_to_install(monkeypatch):

@@ -650,6 +650,21 @@ def test_units_stay_or_go_together(unit: str, kept: set[int]):
     assert set(trace.steps[0][1].rows[0].visible.tolist()) == kept | {14}
 
 
+@pytest.mark.parametrize("written", [True, False], ids=["as text", "as token ids"])
+def test_a_further_turn_keeps_the_units_of_the_turns_before(written: bool):
+    made = LazyPipeline(
+        tiny_model(), word_tokenizer([*WORDS, "?", "."]), scorer=Blockwise(Random(), "line"), schedule=Constant(0.5),
+        cache=AuxCache(decode="reuse"),
+    )  # fmt: skip
+    cache = made.new_cache()
+    reply = made.generate(UNITS, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    assert cache.rows[0].marks.starts["line"] == (0, 3, 7)
+    ids = [*made.encode(UNITS).token_ids, *reply.token_ids]
+    more = f"{UNITS}w8 w9 w10\nw8 w9\nw1" if written else [*ids, *ids[:3]]
+    made.generate(more, past_key_values=cache, **GREEDY)
+    assert cache.rows[0].marks.starts["line"][:4] == (0, 3, 7, 10)
+
+
 def test_units_of_a_text_that_is_not_known_are_refused():
     made = LazyPipeline(tiny_model(), scorer=Blockwise(Random(), "line"), schedule=Constant(0.5), cache=AuxCache())
     with pytest.raises(InputError, match="blocks by line need a text prompt"):

@@ -38,6 +38,12 @@ SKEWED = {
     "graded": (lambda rng, n: (rng.binomial(3, 0.7, n) - rng.binomial(3, 0.7, n)) / 3, 0.0),
 }  # fmt: skip
 """Differences, and their true mean."""
+SIZES = {
+    "quarters lost": [-0.25, -0.75],
+    "quarters won and lost": [-0.75, -0.25, 0.25, 0.75],
+    "all lost": [-1.0],
+}
+"""By how much those pairs differ that do."""
 
 scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=30)
 p_values = st.lists(st.floats(0, 1), max_size=12)
@@ -81,6 +87,46 @@ def test_the_interval_of_graded_differences_covers_what_it_should(name: str, pai
     rng = np.random.default_rng(pairs)
     effects = [graded_mean(draw(rng, pairs)) for _ in range(SAMPLES)]
     assert 0.93 <= np.mean([effect.low <= mean <= effect.high for effect in effects]) <= 0.98
+
+
+def sparse(rng, pairs: int, share: float, sizes):
+    """Scores [pairs] of a cell and of the baseline, which differ in a share of the pairs."""
+    changes = rng.choice(sizes, pairs) * (rng.random(pairs) < share)
+    base = np.clip(rng.choice([0.25, 0.5, 0.75, 1.0], pairs), np.maximum(0, -changes), np.minimum(1, 1 - changes))
+    return (base + changes).round(12), base
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("name", SIZES)
+def test_the_interval_of_graded_scores_covers_where_hardly_any_differ(name: str, share: float, pairs: int):
+    rng = np.random.default_rng(pairs)
+    effects = [paired_difference(*sparse(rng, pairs, share, SIZES[name])) for _ in range(SAMPLES // 2)]
+    mean = share * float(np.mean(SIZES[name]))
+    assert np.mean([effect.low <= mean <= effect.high for effect in effects]) >= 0.9
+
+
+def test_nothing_is_added_where_all_pairs_differ_or_eight_do():
+    few, more, many = np.array([0.1, 0.3, 0.2]), np.array([0.2, 0.5, 0.5]), np.arange(20) % 5 / 10
+    assert paired_difference(more, few) == graded_mean(more - few)
+    for differing, is_wider in ((7, True), (8, False)):
+        changed = many + 0.1 * (np.arange(20) < differing)
+        wide, narrow = paired_difference(changed, many), graded_mean(changed - many)
+        assert (wide.high - wide.low > narrow.high - narrow.low) == is_wider
+
+
+def test_graded_scores_that_never_differ_say_as_little_as_outcomes_do():
+    same = [0.25, 0.5, 0.75, 1.0] * 5
+    effect = paired_difference(same, same)
+    assert (effect.low, effect.estimate, effect.high) == pytest.approx((-0.152, 0, 0.152), abs=0.001)
+    assert abs(effect.high - tango(0, 0, 20).high) < 0.02
+    losses = [0.5, 2.0, 3.0, 4.5] * 5
+    assert paired_difference(losses, losses).high == pytest.approx(4 * effect.high), (
+        "values that reach four times as far"
+    )
+    assert detectable_difference(same, same) == pytest.approx(0.214, abs=0.001)
+    assert 150 <= needed_pairs(0.02, same, same) <= 200, "as for outcomes that never differ"
+    assert detectable_difference(same * 10, same * 10) == pytest.approx(0.02, abs=0.001)
 
 
 @pytest.mark.parametrize("pairs", PAIRS)

@@ -54,6 +54,25 @@ def test_cells_with_tasks_of_their_own_are_told_by_the_task_alone(tmp_path):
     assert [one.excluded for one in found] == [0, 0]
 
 
+def test_settings_with_more_items_than_others_leave_nothing_out(tmp_path):
+    counts = {"few": {"records": 2}, "more": {"records": 4}}
+    results = small(axes=[{"field": "tasks", "values": counts}], tasks={"records": 2}).run(tmp_path, load=load)
+    few, more = comparisons(results, by="loss")
+    assert [(one.cell, one.pairs, one.excluded) for one in (few, more)] == [("tasks=few", 2, 0), ("tasks=more", 4, 0)]
+    assert not any("left out" in warning for one in (few, more) for warning in one.warnings)
+    mine, base = losses(results, "tasks=few", "records"), losses(results, "stock, tasks=records:2", "records")
+    assert few.difference == paired_difference(mine, base)
+
+
+def test_an_item_that_is_still_missing_is_said(results):
+    lost = next(place for place in results.plan.places if (place.cell, place.task) == ("half", "records"))
+    records = [record for record in results.records if record.address != lost.address]
+    found = comparisons(Results(results.plan, records, results.items), by="loss")
+    (half,) = [one for one in found if one.cell == "half" and one.task.startswith("records")]
+    assert (half.pairs, half.excluded) == (2, 1)
+    assert half.warnings[0] == "1 of 3 pairs left out: a value is missing"
+
+
 def test_tasks_without_a_score_are_no_part_of_the_family(results):
     found = comparisons(results)
     assert {one.task.partition(",")[0] for one in found} == {"records"}

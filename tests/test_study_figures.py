@@ -1,4 +1,4 @@
-"""Pictures of studies show the numbers of their lines, and refuse what a study does not have."""
+"""Figures of studies show the numbers of their lines, and refuse what a study does not have."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from lazyllm import ConfigError, InputError
 from lazyllm.ablation import Study
-from lazyllm.ablation.figures import MEASURES, Picture, draw, front, save_picture, svg_of
+from lazyllm.ablation.curves import front
+from lazyllm.ablation.drawing import draw, save_figure, svg_of
+from lazyllm.ablation.figures import Figure
+from lazyllm.ablation.measures import MEASURES
 from lazyllm.ablation.results import Results
 from tests.studies import load, small
 
@@ -46,11 +49,11 @@ def test_axes_of_a_cell_must_not_change_what_it_changes():
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_curves_hold_the_numbers_of_the_lines(results: Results, measure: str):
-    picture = Picture(kind="curves", x="keep", y=measure, by="method")
-    figure = draw(results, picture)
-    assert any(axes.containers for axes in figure.axes) or measure in ("score", "recall")
-    for axes in figure.axes:
-        lines = {line.contender: line for line in results.lines() if line.task == axes.get_title()}
+    figure = Figure(kind="curves", x="keep", y=measure, by="method")
+    drawing = draw(results, figure)
+    assert any(axes.containers for axes in drawing.axes) or measure in ("score", "recall")
+    for axes in drawing.axes:
+        lines = {line.cell: line for line in results.lines() if line.task == axes.get_title()}
         drawn = {container.get_label(): container.lines[0].get_xydata() for container in axes.containers}
         for method, points in drawn.items():
             wanted = sorted(
@@ -64,12 +67,12 @@ def test_curves_hold_the_numbers_of_the_lines(results: Results, measure: str):
 
 
 def test_a_map_has_a_field_for_every_pair_of_labels(results: Results):
-    figure = draw(results, Picture(kind="map", x="layer", y="keep", of="computed_fraction"))
-    grid = figure.axes[0].images[0].get_array()
+    drawing = draw(results, Figure(kind="map", x="layer", y="keep", of="computed_fraction"))
+    grid = drawing.axes[0].images[0].get_array()
     assert grid.shape == (2, 2)
     by_place: dict[tuple[str, str], list[float]] = {}
-    for line in (line for line in results.lines() if line.task == figure.axes[0].get_title()):
-        labels = results.plan.cells[line.contender].labels
+    for line in (line for line in results.lines() if line.task == drawing.axes[0].get_title()):
+        labels = results.plan.cells[line.cell].labels
         if labels:
             by_place.setdefault((labels["keep"], labels["layer"]), []).append(line.computed_fraction)
     wanted = [[np.mean(by_place[keep, layer]) for layer in ("0", "1")] for keep in ("0.2", "0.6")]
@@ -80,33 +83,33 @@ def test_a_map_has_a_field_for_every_pair_of_labels(results: Results):
 @pytest.mark.parametrize("kind", ["curves", "front", "map"])
 def test_a_task_without_the_measure_is_an_empty_panel(results: Results, kind):
     options = {"map": {"x": "layer", "y": "keep"}}.get(kind, {"x": "computed_fraction", "by": "method"})
-    figure = draw(results, Picture(kind=kind, **options))
-    titles = [axes.get_title() for axes in figure.axes]
+    drawing = draw(results, Figure(kind=kind, **options))
+    titles = [axes.get_title() for axes in drawing.axes]
     assert titles[:2] == ["records", "summary"]
-    assert not figure.axes[1].containers
-    assert not figure.axes[1].lines
-    assert not figure.axes[1].texts
+    assert not drawing.axes[1].containers
+    assert not drawing.axes[1].lines
+    assert not drawing.axes[1].texts
 
 
 def test_a_map_leaves_out_cells_that_lie_on_no_axis(results: Results):
     cells = {name: replace(cell, labels={}) for name, cell in results.plan.cells.items()}
-    figure = draw(Results(replace(results.plan, cells=cells), results.records, results.items), Picture(kind="map"))
-    assert not any(axes.images for axes in figure.axes)
+    drawing = draw(Results(replace(results.plan, cells=cells), results.records, results.items), Figure(kind="map"))
+    assert not any(axes.images for axes in drawing.axes)
 
 
 def test_the_unmodified_model_is_a_line_only_where_there_is_one(results: Results, tmp_path):
-    picture = Picture(kind="curves", x="tokens", y="loss")
+    figure = Figure(kind="curves", x="tokens", y="loss")
     study = small(axes=[{"field": "tokens", "values": [300, 320]}], tasks={"records": 1})
-    several = draw(study.run(tmp_path, load=load), picture)
+    several = draw(study.run(tmp_path, load=load), figure)
     assert several.axes[0].get_lines()[0].get_label() != "unmodified"
-    one = draw(results, picture.model_copy(update={"x": "keep"}))
+    one = draw(results, figure.model_copy(update={"x": "keep"}))
     assert one.axes[0].get_lines()[0].get_label() == "unmodified"
 
 
 def test_growth_begins_with_the_prefill_and_never_falls(results: Results):
-    figure = draw(results, Picture(kind="growth"))
-    assert len(figure.axes) == 8
-    for axes in figure.axes:
+    drawing = draw(results, Figure(kind="growth"))
+    assert len(drawing.axes) == 8
+    for axes in drawing.axes:
         bands = [line.get_ydata() for line in axes.lines]
         assert bands
         for shares in bands:
@@ -125,18 +128,18 @@ def test_a_front_is_what_nothing_beats(points, high):
     assert set(found) == {point for point in points if not any(beats(other, point) for other in points)}
 
 
-def test_a_picture_is_the_same_text_every_time(results: Results, tmp_path):
-    picture = Picture(kind="front", x="computed_fraction", y="loss_change", by="method", title="a <front> & more")
-    assert svg_of(results, picture) == svg_of(results, picture)
-    assert "ran&lt;dom&gt;" in svg_of(results, picture)
-    assert "more" not in svg_of(results, picture), "a page has a heading of its own"
-    assert save_picture(results, picture, tmp_path / "new" / "front.png").stat().st_size > 1000
+def test_a_figure_is_the_same_text_every_time(results: Results, tmp_path):
+    figure = Figure(kind="front", x="computed_fraction", y="loss_change", by="method", title="a <front> & more")
+    assert svg_of(results, figure) == svg_of(results, figure)
+    assert "ran&lt;dom&gt;" in svg_of(results, figure)
+    assert "more" not in svg_of(results, figure), "a page has a heading of its own"
+    assert save_figure(results, figure, tmp_path / "new" / "front.png").stat().st_size > 1000
     with pytest.raises(InputError, match="cannot write"):
-        save_picture(results, picture, tmp_path / "front.strange")
+        save_figure(results, figure, tmp_path / "front.strange")
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("figure", "message"),
     [
         ({"kind": "curves", "y": "lost"}, "unknown measure 'lost'.*loss"),
         ({"kind": "map", "of": "beauty"}, "unknown measure 'beauty'"),
@@ -146,18 +149,18 @@ def test_a_picture_is_the_same_text_every_time(results: Results, tmp_path):
         ({"kind": "pie"}, "kind"),
     ],
 )
-def test_a_picture_of_what_a_study_lacks_is_refused_before_anything_runs(picture, message):
+def test_a_figure_of_what_a_study_lacks_is_refused_before_anything_runs(figure, message):
     with pytest.raises(ConfigError, match=message):
-        small(cells=METHODS, figures=[picture])
+        small(cells=METHODS, figures=[figure])
 
 
 def test_a_study_without_results_has_nothing_to_draw(results: Results):
     empty = Results(results.plan, [], results.items)
     for kind in ("curves", "growth"):
         with pytest.raises(InputError, match="no results to draw yet"):
-            draw(empty, Picture(kind=kind, x="keep"))
+            draw(empty, Figure(kind=kind, x="keep"))
     with pytest.raises(InputError, match=r"^the study has no results to draw yet"):
-        save_picture(empty, Picture(x="keep"), "curves.png")
+        save_figure(empty, Figure(x="keep"), "curves.png")
 
 
 def test_figures_stand_in_the_file_of_a_study():

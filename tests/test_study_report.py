@@ -1,7 +1,9 @@
 """The report of a study says what its results say."""
 
+import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -35,7 +37,7 @@ def test_rows_are_the_lines_and_items_hold_what_every_cell_replied(folder):
     assert (data.baseline, data.title, data.conclusions) == ("stock", "sizes", "More is better.")
     lines = results.lines()
     assert [(row.cell, row.task, row.items) for row in data.rows] == [
-        (line.contender, line.task, line.items) for line in lines
+        (line.cell, line.task, line.items) for line in lines
     ]
     for row, line in zip(data.rows, lines, strict=True):
         effect = line.loss_change
@@ -62,6 +64,14 @@ def test_figures_are_drawn_with_the_ink_of_the_page_and_told_in_words(folder):
     assert "currentColor" in first.svg
     assert "records, swept, schedule=0.2 " in first.text
     assert "computed by the end" in second.text
+
+
+def test_the_command_of_a_page_goes_on_with_its_results(folder):
+    results, study = Results.load(folder), Study.load(folder / STUDY)
+    assert report_data(results, study).command == f"lazyllm ablate out/sizes/{STUDY}"
+    assert report_data(results, study, Path("out/sizes")).command == f"lazyllm ablate out/sizes/{STUDY}"
+    elsewhere = shlex.split(report_data(results, study, Path("my results")).command)
+    assert elsewhere == ["lazyllm", "ablate", f"my results/{STUDY}", "--out", "my results"]
 
 
 def test_items_of_each_setting_stand_beside_its_own_unmodified_model(tmp_path):

@@ -47,7 +47,7 @@ class Level:
     Attributes:
         label: what it is called.
         changes: values by dotted path of a field.
-        parts: of a sweep, its numbers by their names; each name is an axis in tables and pictures.
+        parts: of a sweep, its numbers by their names; each name is an axis in tables and figures.
     """
 
     label: str

@@ -32,7 +32,12 @@ WorkersOption = Annotated[int, typer.Option(min=1, help="Processes that share th
 RayOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster, 'local' for one of this machine.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be run and what it costs.")]
 RetryOption = Annotated[bool, typer.Option("--retry", help="Run again what failed before.")]
-RetimeOption = Annotated[bool, typer.Option("--retime", help="Time the unmodified model again beside new cells.")]
+RetimeOption = Annotated[
+    bool,
+    typer.Option(
+        "--retime", help="Run the unmodified model again beside new cells, and with it what ran apart from it."
+    ),
+]
 OnOption = Annotated[str, typer.Option(help="The device of --dry-run, as in predict.")]
 TrackOption = Annotated[list[str] | None, typer.Option(help="mlflow:URI or tensorboard:FOLDER.")]
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of the results.")]
@@ -59,7 +64,7 @@ def ablate(
     """Runs a study, or goes on with it where it stopped."""
     loaded = Study.load(study)
     if dry_run:
-        _preview(loaded, out, retry, device)
+        _preview(loaded, out, retry, retime, device)
     else:
         _run(loaded, out, workers, ray, retry, retime, track or [])
 
@@ -92,7 +97,7 @@ def evaluate(
         question=question, seed=seed, cells=cells,
     )  # fmt: skip
     if own and dry_run:
-        _preview(study, out, retry, device)
+        _preview(study, out, retry, retime, device)
     elif own:
         _run(study, out, workers, ray, retry, retime, [])
     if foreign and dry_run:
@@ -152,7 +157,7 @@ def report(
     from lazyllm.ablation.report import report_data
     from lazyllm.pages.report import report as write
 
-    data = report_data(_results(folder), Study.load(folder / STUDY), items=items)
+    data = report_data(_results(folder), Study.load(folder / STUDY), folder, items=items)
     beside = folder if folder.name else folder.resolve()  # the folder may be "."
     path = write(data, output or beside.with_name(f"{beside.resolve().name}.html"), prompts=prompts)
     typer.echo(f"written: {path}")
@@ -239,16 +244,16 @@ def _show_comparisons(found: Sequence[Comparison], title: str) -> None:
 @errors_as_lines()
 def figures(
     folder: FolderArgument,
-    to: Annotated[Path | None, typer.Option("--to", help="Where the pictures go; the same folder without it.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Where they go; the same folder without it.")] = None,
     ending: Annotated[str, typer.Option(help="Their format: png, svg or pdf.")] = "png",
 ) -> None:
     """Draws the figures that the study names."""
-    from lazyllm.ablation.figures import save_picture
+    from lazyllm.ablation.drawing import save_figure
 
     results, study = _results(folder), Study.load(folder / STUDY)
-    for number, picture in enumerate(study.figures, 1):
-        path = (to or folder) / f"{study.name}-{number}-{picture.kind}.{ending}"
-        typer.echo(f"written: {save_picture(results, picture, path)}")
+    for number, figure in enumerate(study.figures, 1):
+        path = (to or folder) / f"{study.name}-{number}-{figure.kind}.{ending}"
+        typer.echo(f"written: {save_figure(results, figure, path)}")
     if not study.figures:
         typer.echo(f"the study {study.name!r} names no figures")
 
@@ -292,13 +297,13 @@ def _say(results: Results) -> None:
         typer.echo(notice, err=True)
 
 
-def _preview(study: Study, out: Path | None, retry: bool, device: str) -> None:
+def _preview(study: Study, out: Path | None, retry: bool, retime: bool, device: str) -> None:
     needed("scipy", what="a study", extra="eval")
     from lazyllm.ablation.engine import prepare
     from lazyllm.ablation.forecast import forecast
 
     numbers = device_named(device)
-    preview = prepare(study, out, retry=retry)
+    preview = prepare(study, out, retry=retry, retime=retime)
     lines = list(forecast(preview, numbers))
     table = Table("cell", box=SIMPLE, title=f"{study.name}, on {numbers.name}")
     for column in ("known", "to do", "TFLOP", "time"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lazyllm.errors import InputError, unknown
 from lazyllm.evaluation.quality import Verdict
-from lazyllm.evaluation.statistics import MARGIN, Comparison, compare_family
+from lazyllm.evaluation.statistics import MARGIN, Comparison, Paired, compare_pairs
 
 if TYPE_CHECKING:
     from lazyllm.ablation.results import Results
@@ -38,16 +38,12 @@ VALUES: dict[str, Compared] = {
 """By name, what cells can be compared by."""
 
 
-BASELINE = ""
-"""Stands for the cell that others are compared with; no cell is called so."""
-
-
 def comparisons(
     results: Results, *, by: str = "score", margin: float | None = None, against: str | None = None
 ) -> list[Comparison]:
     """Every cell against the unmodified model, or another one, on every task, adjusted for their number.
 
-    Cells are compared on the same items: where settings differ, each with the baseline under its own.
+    Cells are compared on the items that both have: where settings differ, each with the baseline under its own.
 
     Args:
         results: of a study.
@@ -63,41 +59,47 @@ def comparisons(
     if against is not None and against not in results.plan.cells:
         raise InputError(unknown("cell", against, results.plan.cells))
     value = VALUES[by]
-    found = compare_family(
-        _values(results, value, against),
-        baseline=BASELINE,
-        margin=value.margin if margin is None else margin,
-        lower_is_better=value.lower_is_better,
-    )
+    found = compare_pairs(_pairs(results, value, against), margin=value.margin if margin is None else margin)
     if not found:
         raise InputError(f"no two cells have a {by} on the same item, so there is nothing to compare yet")
     return found
 
 
-def _values(results: Results, value: Compared, against: str | None) -> dict[str, dict[str, Sequence[float | None]]]:
-    """By task and setting, and by cell, a value per item; `BASELINE` holds those compared with."""
-    found: dict[str, dict[str, dict[str, float | None]]] = {}
+Values = dict[str, float | None]
+"""By item, a value; None where there is none yet."""
+
+
+@dataclass
+class _Shelf:
+    """What is compared with each other: values of the baseline, and of every other cell."""
+
+    baseline: Values = field(default_factory=dict)
+    cells: dict[str, Values] = field(default_factory=dict)
+
+
+def _pairs(results: Results, value: Compared, against: str | None) -> Iterator[Paired]:
+    """Every cell beside the baseline, on the items of both; cells without a pair are left out."""
+    for name, shelf in _shelves(results, value, against).items():
+        for cell, own in shelf.cells.items():
+            both = [(own[item], theirs) for item, theirs in shelf.baseline.items() if item in own]
+            if any(None not in pair for pair in both):
+                mine, theirs = zip(*both, strict=True)
+                yield Paired(name, cell, mine, theirs, value.lower_is_better)
+
+
+def _shelves(results: Results, value: Compared, against: str | None) -> dict[str, _Shelf]:
+    """By task and setting, the values of all cells."""
+    found: dict[str, _Shelf] = {}
     for place in results.plan.places:
-        verdict = results.verdict(place)
-        read = None if verdict is None else value.read(verdict)
-        cell = results.plan.cells[place.cell]
-        shelf = found.setdefault(_shelf(results, place.task, cell.setting), {})
+        cell, verdict = results.plan.cells[place.cell], results.verdict(place)
+        shelf = found.setdefault(_name(results, place.task, cell.setting), _Shelf())
         is_baseline = cell.is_stock if against is None else place.cell == against
-        shelf.setdefault(BASELINE if is_baseline else place.cell, {})[place.item] = read
-    return {shelf: _paired(cells) for shelf, cells in found.items() if BASELINE in cells}
+        values = shelf.baseline if is_baseline else shelf.cells.setdefault(place.cell, {})
+        values[place.item] = None if verdict is None else value.read(verdict)
+    return found
 
 
-def _paired(cells: dict[str, dict[str, float | None]]) -> dict[str, Sequence[float | None]]:
-    """By cell, its values in the order of the baseline's items; a cell without a pair is left out."""
-    base = cells[BASELINE]
-    return {
-        cell: [items.get(item) for item in base]
-        for cell, items in cells.items()
-        if any(value is not None and items.get(item) is not None for item, value in base.items()) or cell == BASELINE
-    }
-
-
-def _shelf(results: Results, task: str, setting: Mapping[str, object]) -> str:
+def _name(results: Results, task: str, setting: Mapping[str, object]) -> str:
     """The task, with what tells its setting apart where there are several."""
     settings = [cell.setting for cell in results.plan.cells.values() if cell.is_stock]
     varied = [name for name, value in setting.items() if any(other[name] != value for other in settings)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,6 @@ from lazyllm.errors import InputError
 OUT = Path("out")
 """Where the folders of studies lie."""
 
-Recruit = Callable[[str, int], Executor]
-"""Gives an executor for the name of a run and a number of groups."""
-
 
 class StudyCallback:
     """Told what happens in a run; every hook does nothing unless overridden."""
@@ -37,29 +34,52 @@ class StudyCallback:
         """After the last one."""
 
 
+@dataclass(frozen=True)
+class Workforce:
+    """Who does the work.
+
+    Attributes:
+        workers: processes that share it; 1 = this process.
+        ray: address of a Ray cluster that does it instead.
+        load: gives the models.
+
+    Raises:
+        InputError: for less than one worker.
+    """
+
+    workers: int = 1
+    ray: str | None = None
+    load: Load | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"a study needs at least 1 worker, got {self.workers}")
+
+    def executor(self, run: str, groups: int, shelf: Shelf) -> Executor:
+        """Somebody for so many groups; where others work than this process, it lets go of its model."""
+        if self.ray is None and self.workers == 1:
+            return Serial(run, shelf)
+        shelf.clear()
+        if self.ray is None:
+            from lazyllm.ablation.processes import Processes
+
+            return Dispatcher(Processes(run, self.workers, self.load), min(self.workers, groups))
+        from lazyllm.ablation.cluster import RayCrew
+
+        crew = RayCrew(run, self.ray, self.load)
+        return Dispatcher(crew, min(crew.room if self.workers == 1 else self.workers, groups))
+
+
 def run(
-    study: Study,
-    out: str | Path | None = None,
-    *,
-    workers: int = 1,
-    ray: str | None = None,
-    retry: bool = False,
-    retime: bool = False,
-    load: Load | None = None,
-    callbacks: Sequence[StudyCallback] = (),
-    recruit: Recruit | None = None,
+    study: Study, folder: Path, workforce: Workforce, callbacks: Sequence[StudyCallback], *, retry: bool, retime: bool
 ) -> Results:
-    """Runs what is missing; the arguments are those of `Study.run`, and `recruit` gives another executor."""
-    if workers < 1:
-        raise InputError(f"a study needs at least 1 worker, got {workers}")
-    folder = folder_of(study, out)
-    shelf = Shelf(load)
+    """Has what is missing done, and gives all results; see `Study.run`."""
+    shelf = Shelf(workforce.load)
     with Store.opened(folder) as store:
         work = make_work(study, shelf)
         store.keep(study.to_yaml(), work.plan.to_dict(), work.contents())
         groups = work.groups(store.kept.records, retry=retry, retime=retime, seed=study.seed)
-        recruit = recruit or _recruiter(workers, ray, load, shelf)
-        _do(work, groups, recruit, store, callbacks)
+        _do(work, groups, workforce, shelf, store, callbacks)
         results = Results(work.plan, store.kept.records, work.contents(), [*store.kept.notices, *work.plan.notices])
     for callback in callbacks:
         callback.on_finish(results)
@@ -81,16 +101,23 @@ class Preview:
     shelf: Shelf
 
 
-def prepare(study: Study, out: str | Path | None, *, retry: bool = False, load: Load | None = None) -> Preview:
+def prepare(
+    study: Study, out: str | Path | None, *, retry: bool = False, retime: bool = False, load: Load | None = None
+) -> Preview:
     """What a run would do; writes nothing."""
     folder, shelf = folder_of(study, out), Shelf(load)
     work = make_work(study, shelf)
     records = look_into(folder).records if folder.is_dir() else []
-    return Preview(work, records, work.groups(records, retry=retry, retime=False, seed=study.seed), shelf)
+    return Preview(work, records, work.groups(records, retry=retry, retime=retime, seed=study.seed), shelf)
 
 
 def _do(
-    work: Work, groups: Sequence[Group], recruit: Recruit, store: Store, callbacks: Iterable[StudyCallback]
+    work: Work,
+    groups: Sequence[Group],
+    workforce: Workforce,
+    shelf: Shelf,
+    store: Store,
+    callbacks: Iterable[StudyCallback],
 ) -> None:
     todo = sum(len(group.units) + group.retimes for group in groups)
     known = len({place.address for place in work.plan.places}) - sum(len(group.units) for group in groups)
@@ -98,27 +125,8 @@ def _do(
         callback.on_start(work.plan, todo, known)
     if not groups:
         return
-    with closing(recruit(secrets.token_hex(4), len(groups)).run(groups)) as records:
+    with closing(workforce.executor(secrets.token_hex(4), len(groups), shelf).run(groups)) as records:
         for record in records:
             store.add(record)
             for callback in callbacks:
                 callback.on_unit(record)
-
-
-def _recruiter(workers: int, ray: str | None, load: Load | None, shelf: Shelf) -> Recruit:
-    """This process, others of this machine, or a cluster; where others work the driver lets go of its model."""
-
-    def recruit(run: str, groups: int) -> Executor:
-        if ray is None and workers == 1:
-            return Serial(run, shelf)
-        shelf.clear()
-        if ray is None:
-            from lazyllm.ablation.processes import Processes
-
-            return Dispatcher(Processes(run, workers, load), min(workers, groups))
-        from lazyllm.ablation.cluster import RayCrew
-
-        crew = RayCrew(run, ray, load)
-        return Dispatcher(crew, min(crew.room if workers == 1 else workers, groups))
-
-    return recruit

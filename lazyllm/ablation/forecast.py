@@ -36,10 +36,14 @@ def forecast(preview: Preview, device: Device) -> Iterator[Forecast]:
     """Every cell of a run that has not begun; prompts are taken to have the length they were asked to have."""
     done = {record.address for record in preview.records}
     todo: defaultdict[str, list[Item]] = defaultdict(list)
+    stocks = {place.stock: place.cell for place in preview.work.plan.places if place.address == place.stock}
     for group in preview.groups:
-        for unit in group.units:
-            done.discard(unit.address)
-            todo[unit.cell].append(group.item)
+        units = [(unit.address, unit.cell) for unit in group.units]
+        if group.retimes:
+            units.append((group.stock, stocks[group.stock]))
+        for address, name in units:
+            done.discard(address)
+            todo[name].append(group.item)
     known = Counter(place.cell for place in preview.work.plan.places if place.address in done)
     shapes: dict[ModelRef, ModelShape | None] = {}
     for cell in preview.work.cells.values():

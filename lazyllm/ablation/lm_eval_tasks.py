@@ -11,8 +11,8 @@ from lazyllm.ablation.models import Shelf
 from lazyllm.ablation.study import Study
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
-from lazyllm.evaluation.harness_tasks import HarnessResult, evaluate
-from lazyllm.evaluation.statistics import Comparison, compare_family
+from lazyllm.evaluation.harness_tasks import HarnessItem, HarnessResult, evaluate
+from lazyllm.evaluation.statistics import Comparison, Paired, compare_pairs
 
 BASELINE = "dense"
 """The configuration that the others are compared with; it gives what lm-eval's own model gives."""
@@ -45,7 +45,7 @@ def judged(
     def keep(result: HarnessResult) -> None:
         found.append(result)
         _write(found, path)
-        tell(f"{result.task}: {result.contender}")
+        tell(f"{result.task}: {result.cell}")
 
     evaluate(
         loaded.model,
@@ -62,14 +62,25 @@ def judged(
 
 def family(results: Sequence[HarnessResult]) -> list[Comparison]:
     """Every configuration against the unmodified model, metric by metric, as one family."""
-    values: dict[str, dict[str, list[float | None]]] = {}
-    base = {result.task: result.items for result in results if result.contender == BASELINE}
-    for result in results:
-        for metric in dict.fromkeys(metric for item in base[result.task] for metric in item.metrics):
-            known = {item.doc_id: item.metrics.get(metric) for item in result.items}
-            own = [known.get(item.doc_id) for item in base[result.task]]
-            values.setdefault(f"{result.task} {metric}", {})[result.contender] = own
-    return compare_family(values, baseline=BASELINE)
+    base = {result.task: result.items for result in results if result.cell == BASELINE}
+    return compare_pairs(
+        _paired(result, metric, base[result.task])
+        for result in results
+        for metric in dict.fromkeys(metric for item in base[result.task] for metric in item.metrics)
+        if result.cell != BASELINE
+    )
+
+
+def _paired(result: HarnessResult, metric: str, base: Sequence[HarnessItem]) -> Paired:
+    """A configuration's values of a metric beside the baseline's, item by item of that."""
+    known = {item.doc_id: item.metrics.get(metric) for item in result.items}
+    return Paired(
+        f"{result.task} {metric}",
+        result.cell,
+        mine=[known.get(item.doc_id) for item in base],
+        theirs=[item.metrics.get(metric) for item in base],
+        lower_is_better=metric in result.lower_is_better,
+    )
 
 
 def _write(results: Sequence[HarnessResult], path: Path) -> None:

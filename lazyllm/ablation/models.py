@@ -35,8 +35,14 @@ class Loaded:
     def identity(self) -> tuple[Any, ...]:
         """What tells it from other models; the weights of a quantised one do not, so that its name must."""
         named = self.ref.model if self.ref.weights else ""
-        settings = digest([*settings_of(self.model), *reading_of(self.tokenizer)])
-        return fingerprint(self.model), settings, self.ref.dtype, self.ref.weights, self.ref.device, named
+        own = identity_of(self.model, self.tokenizer)
+        return *own, self.ref.dtype, self.ref.weights, self.ref.device, named
+
+
+def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
+    """What stands for a model's weights, and for all else that its results depend on."""
+    reading = () if tokenizer is None else reading_of(tokenizer)
+    return fingerprint(model), digest([*settings_of(model), *reading])
 
 
 class Shelf:

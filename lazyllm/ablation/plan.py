@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lazyllm.ablation.cells import LAYOUTS, Cell, stock_cells
-from lazyllm.ablation.models import Loaded, Shelf
+from lazyllm.ablation.models import Loaded, Shelf, identity_of
 from lazyllm.ablation.study import Study
-from lazyllm.ablation.units import Group, Record, Unit, address
+from lazyllm.ablation.units import Group, Record, Unit, address, best_of, results_of, timed_together
 from lazyllm.config import LazyConfig
 from lazyllm.errors import ConfigError, InputError
 from lazyllm.evaluation.digest import digest
@@ -116,17 +116,26 @@ class Work:
         return {name: asdict(item) for name, item in self.items.items()}
 
     def groups(self, records: Iterable[Record], *, retry: bool, retime: bool, seed: int) -> list[Group]:
-        """What is missing, item by item, the models one after the other; the order within them goes by the seed."""
-        known = best_of(records)
-        missing: dict[str, dict[str, Place]] = {}
+        """What is to be done, item by item, the models one after the other; the order within them goes by the seed.
+
+        Args:
+            records: what came of units so far.
+            retry: whether what failed is done again.
+            retime: whether what ran apart from the unmodified model is done again beside it.
+            seed: of the order.
+        """
+        records = list(records)
+        known, results = best_of(records), results_of(records)
+        todo: dict[str, dict[str, Place]] = {}
         for place in self.plan.places:
-            record = known.get(place.address)
-            if record is None or (retry and not record.is_done):
-                missing.setdefault(place.stock, {}).setdefault(place.address, place)
+            record, own, stock = known.get(place.address), results[place.address], results[place.stock]
+            is_apart = retime and own and stock and timed_together(own, stock) is None
+            if record is None or (retry and not record.is_done) or is_apart:
+                todo.setdefault(place.stock, {}).setdefault(place.address, place)
         rng = random.Random(f"{seed} order")
-        stocks = list(missing)
+        stocks = list(todo)
         rng.shuffle(stocks)
-        groups = [self._group(stock, missing[stock], known.get(stock), retime, rng) for stock in stocks]
+        groups = [self._group(stock, todo[stock], known.get(stock), retime, rng) for stock in stocks]
         order = list(dict.fromkeys(cell.setting.ref for cell in self.cells.values()))
         return sorted(groups, key=lambda group: order.index(group.ref))
 
@@ -147,15 +156,6 @@ class Work:
             retimes=retime and verdict is not None,
             reply=() if verdict is None or item.reference else tuple(verdict["reference"]),
         )
-
-
-def best_of(records: Iterable[Record]) -> dict[str, Record]:
-    """By address, the first result; the last failure where there is none."""
-    found: dict[str, Record] = {}
-    for record in records:
-        if record.address not in found or not found[record.address].is_done:
-            found[record.address] = record
-    return found
 
 
 def make_work(study: Study, shelf: Shelf) -> Work:
@@ -197,19 +197,24 @@ class _Addresses:
 
     def places(self, cell: Cell, items: dict[str, Item]) -> Iterator[Place]:
         """The units of a cell; their items are added to `items`."""
-        if cell.config is not None:
-            self._check(cell.name, cell.config)
+        identity = self._identity + (() if cell.config is None else self._drafts(cell.name, cell.config))
         for task, count in cell.setting.tasks:
             for index, (name, item) in enumerate(self._items(cell, task, count)):
                 items[name] = item
-                own = address(name, cell.config, self._identity)
+                own = address(name, cell.config, identity)
                 yield Place(cell.name, task, index, name, own, address(name, None, self._identity))
 
-    def _check(self, name: str, config: LazyConfig) -> None:
+    def _drafts(self, name: str, config: LazyConfig) -> tuple[Any, ...]:
+        """What identifies the other models that a cell's scorers ask.
+
+        Raises:
+            ConfigError: when the configuration does not fit the model.
+        """
         try:
-            LazyPipeline.from_config(config, self._loaded.model, self._loaded.tokenizer)
+            pipe = LazyPipeline.from_config(config, self._loaded.model, self._loaded.tokenizer)
         except ConfigError as error:
             raise ConfigError(f"cell {name!r}: {error}") from None
+        return tuple(identity_of(one.model, one.tokenizer) for path, one in pipe.readers.items() if path is not None)
 
     def _items(self, cell: Cell, task: str, count: int) -> list[tuple[str, Item]]:
         setting = cell.setting

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from lazyllm.ablation.figures import MEASURES, Picture, in_words, svg_of
+from lazyllm.ablation import figures
+from lazyllm.ablation.drawing import svg_of
+from lazyllm.ablation.engine import folder_of
+from lazyllm.ablation.measures import MEASURES
 from lazyllm.ablation.plan import CellFacts, Place
 from lazyllm.ablation.results import Results
+from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
 from lazyllm.ablation.units import versions
+from lazyllm.ablation.words import in_words
 from lazyllm.evaluation.compare import Line
 from lazyllm.evaluation.quality import STOCK
 from lazyllm.pages.report import Column, Estimate, Figure, Item, Reply, ReportData, Row, Value
@@ -20,27 +27,28 @@ EXTRA = {"won": "answers with a higher score than the unmodified model's", "lost
 """Columns that are no measures, and what they mean."""
 
 
-def report_data(results: Results, study: Study, *, items: bool = True) -> ReportData:
+def report_data(results: Results, study: Study, folder: Path | None = None, *, items: bool = True) -> ReportData:
     """Table, figures, and every item with its replies.
 
     Args:
         results: what the study found.
         study: the figures it names, its conclusions, and what it was.
+        folder: of the results, where it is not the study's own.
         items: whether items and replies go into it, besides what they come to.
     """
     lines, cells = results.lines(), results.plan.cells
-    can_draw = any(not cells[line.contender].is_stock for line in lines)
+    can_draw = any(not cells[line.cell].is_stock for line in lines)
     return ReportData(
         title=study.name,
         conditions=_conditions(results, study, lines),
         axes=_axes(results),
         columns=_columns(),
-        rows=[_row(line, cells[line.contender]) for line in lines],
+        rows=[_row(line, cells[line.cell]) for line in lines],
         baseline=STOCK,
-        figures=[_figure(results, picture) for picture in study.figures] if can_draw else [],
+        figures=[_figure(results, figure) for figure in study.figures] if can_draw else [],
         items=list(_items(results)) if items else [],
         conclusions=study.conclusions,
-        command=f"lazyllm ablate {study.name}.yaml",
+        command=_command(study, folder),
     )
 
 
@@ -53,11 +61,19 @@ def _axes(results: Results) -> dict[str, list[str]]:
 
 
 def _row(line: Line, cell: CellFacts) -> Row:
-    return Row(line.contender, cell.labels, line.task, line.items, _values(line))
+    return Row(line.cell, cell.labels, line.task, line.items, _values(line))
 
 
-def _figure(results: Results, picture: Picture) -> Figure:
-    return Figure(picture.title or picture.kind, svg_of(results, picture), in_words(results, picture))
+def _figure(results: Results, figure: figures.Figure) -> Figure:
+    return Figure(figure.title or figure.kind, svg_of(results, figure), in_words(results, figure))
+
+
+def _command(study: Study, folder: Path | None) -> str:
+    """What goes on with the results in a folder, however they were begun: each holds its study."""
+    own = folder_of(study, None)
+    folder = folder or own
+    elsewhere = [] if folder == own else ["--out", str(folder)]
+    return shlex.join(["lazyllm", "ablate", str(folder / STUDY), *elsewhere])
 
 
 def _conditions(results: Results, study: Study, lines: list[Line]) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazyllm.ablation.plan import CellFacts, Place, Plan, best_of
+from lazyllm.ablation.plan import CellFacts, Place, Plan
 from lazyllm.ablation.store import look_into
-from lazyllm.ablation.units import Record
+from lazyllm.ablation.units import Record, best_of, results_of, timed_together
 from lazyllm.errors import InputError
 from lazyllm.evaluation.compare import Line, line_of
 from lazyllm.evaluation.quality import Verdict
@@ -60,10 +60,7 @@ class Results:
     ) -> None:
         self.plan, self.records, self.items = plan, list(records), items
         self._best = best_of(self.records)
-        self._all: defaultdict[str, list[Record]] = defaultdict(list)
-        for record in self.records:
-            if record.is_done:
-                self._all[record.address].append(record)
+        self._all = results_of(self.records)
         self.notices = [*notices, *self._untimed()]
 
     @classmethod
@@ -94,14 +91,13 @@ class Results:
 
         They may where both ran in one worker of one run. None where a verdict is missing.
         """
-        own, stock = self._all.get(place.address, ()), self._all.get(place.stock, ())
-        for one in own:
-            for other in stock:
-                if one.place == other.place and one.verdict and other.verdict:
-                    return _verdict(one.verdict), _verdict(other.verdict), True
-        if not (own and stock and own[0].verdict and stock[0].verdict):
+        own, stock = self._all[place.address], self._all[place.stock]
+        if not (own and stock):
             return None
-        return _verdict(own[0].verdict), _verdict(stock[0].verdict), False
+        one, other = timed_together(own, stock) or (own[0], stock[0])
+        assert one.verdict is not None, "only results are paired"
+        assert other.verdict is not None
+        return _verdict(one.verdict), _verdict(other.verdict), one.place == other.place
 
     def pairs(self) -> Iterator[tuple[str, str, list[Pair]]]:
         """Task, cell and what is paired of it, for every cell with results, task by task."""
@@ -189,7 +185,7 @@ class Results:
             return []
         return [
             f"{count} of {len(pairs)} units ran apart from the unmodified model, in another run or worker, so that "
-            "their times are left out; new cells are timed with --retime"
+            "their times are left out; --retime runs them once more beside it"
         ]
 
 

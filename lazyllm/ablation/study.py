@@ -27,11 +27,12 @@ from lazyllm.ablation.cells import (
     check_setting,
     check_tasks,
 )
-from lazyllm.ablation.figures import Picture
+from lazyllm.ablation.figures import Figure
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
 from lazyllm.evaluation.quality import STOCK
 from lazyllm.extras import needed
+from lazyllm.fields import mapping_in, text_in
 from lazyllm.policies.base import Value
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Study(Value):
         combine: "grid" for all of that product, or `{"random": 20}` for so many cells of it.
         cells: explicit ones, each a mapping of changes; with `axes` of its own it stands for their product, `labels`
             say where it lies on axes that it does not change, and `name` what it is called.
-        figures: pictures of the results, for `lazyllm study figures` and the report.
+        figures: drawings of the results, for `lazyllm study figures` and the report.
         conclusions: what follows from the results, in words, for the report.
 
     Raises:
@@ -104,7 +105,7 @@ class Study(Value):
     axes: tuple[Axis, ...] = ()
     combine: Literal["grid"] | Drawn = "grid"
     cells: tuple[dict[str, Written], ...] = ()
-    figures: tuple[Picture, ...] = ()
+    figures: tuple[Figure, ...] = ()
     conclusions: str = ""
 
     def __init__(self, **fields: Any) -> None:
@@ -114,8 +115,8 @@ class Study(Value):
         super().__init__(**fields)
         check_setting(self.setting)
         titles = {title for cell in self.all_cells() for title in cell.labels}
-        for picture in self.figures:
-            picture.check_axes(titles)
+        for figure in self.figures:
+            figure.check_axes(titles)
 
     @classmethod
     def from_text(cls, text: str, *, name: str = "study") -> Study:
@@ -124,13 +125,7 @@ class Study(Value):
         Raises:
             ConfigError: when it is none.
         """
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{name} is not plain YAML or JSON: {error}") from None
-        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-            raise ConfigError(f"{name} holds {'nothing' if data is None else repr(data)[:60]}, not a mapping of fields")
-        return cls(**{NAME: name, **data})
+        return cls(**{NAME: name, **mapping_in(text, name, known=cls.model_fields)})
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
@@ -140,12 +135,7 @@ class Study(Value):
             ConfigError: when there is no such file, or it is no study.
         """
         path = Path(path)
-        try:
-            return cls.from_text(path.read_text(encoding="utf-8"), name=path.stem)
-        except OSError as error:
-            raise ConfigError(f"cannot read the study {str(path)!r}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"the study {str(path)!r} is not text") from None
+        return cls.from_text(text_in(path, "study"), name=path.stem)
 
     def to_yaml(self) -> str:
         """The study as YAML text."""
@@ -218,7 +208,8 @@ class Study(Value):
             workers: processes that share the work, each with the model; 1 = this process.
             ray: address of a Ray cluster that does the work instead, "local" for one of this machine.
             retry: runs again what failed before.
-            retime: runs the unmodified model again beside cells that came later, so that their times can be compared.
+            retime: runs the unmodified model again beside cells that came later, and with it what ran apart from it
+                before, so that their times can be compared.
             load: gives model and tokenizer for a `ModelRef`, instead of loading what it names.
             callbacks: told about every unit.
 
@@ -226,9 +217,10 @@ class Study(Value):
             InputError, ConfigError: before anything runs, and when the folder cannot be used or written.
         """
         needed("scipy", what="a study", extra="eval")
-        from lazyllm.ablation.engine import run
+        from lazyllm.ablation.engine import Workforce, folder_of, run
 
-        return run(self, out, workers=workers, ray=ray, retry=retry, retime=retime, load=load, callbacks=callbacks)
+        workforce = Workforce(workers, ray, load)
+        return run(self, folder_of(self, out), workforce, callbacks, retry=retry, retime=retime)
 
     def _own_name(self) -> str:
         return next((name for name in preset_names() if LazyConfig.preset(name) == self.config), "config")

@@ -53,7 +53,7 @@ def table(lines: Sequence[Line], title: str) -> Table:
     for task, group in groups(lines):
         view.add_section()
         for line in group:
-            is_stock = line.contender.partition(",")[0] == STOCK
+            is_stock = line.cell.partition(",")[0] == STOCK
             view.add_row(task, *cells(line), style="bold" if is_stock else None)
     return view
 
@@ -61,7 +61,7 @@ def table(lines: Sequence[Line], title: str) -> Table:
 def cells(line: Line) -> list[str]:
     """One line's name and figures."""
     return [
-        line.contender,
+        line.cell,
         str(line.items),
         interval(line.speedup, "{:.1f}", "x"),
         "-" if line.decode_speedup is None else f"{line.decode_speedup.estimate:.2f}x",

@@ -47,7 +47,7 @@ class MLflow(StudyCallback):
                 run = self._client.create_run(experiment, run_name=cell.name).info.run_id
                 for key, value in {**cell.setting, **cell.labels}.items():
                     self._client.log_param(run, _key(key), value)
-            for line in (line for line in results.lines() if line.contender == cell.name):
+            for line in (line for line in results.lines() if line.cell == cell.name):
                 for figure, value in _figures(line):
                     self._client.log_metric(run, _key(f"{line.task}/{figure}"), value)
             self._client.set_terminated(run)
@@ -71,7 +71,7 @@ class TensorBoard(StudyCallback):
     def on_finish(self, results: Results) -> None:
         """Writes every line."""
         for line in results.lines():
-            with self._writer(str(self._folder / line.contender.replace("/", "_"))) as writer:
+            with self._writer(str(self._folder / line.cell.replace("/", "_"))) as writer:
                 for figure, value in _figures(line):
                     writer.add_scalar(f"{line.task}/{figure}", value, line.items)
 

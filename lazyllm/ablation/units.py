@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -80,6 +82,29 @@ class Record:
     def place(self) -> tuple[str, str]:
         """Records of one place may be compared in time."""
         return self.run, self.worker
+
+
+def best_of(records: Iterable[Record]) -> dict[str, Record]:
+    """By address, the first result; the last failure where there is none."""
+    found: dict[str, Record] = {}
+    for record in records:
+        if record.address not in found or not found[record.address].is_done:
+            found[record.address] = record
+    return found
+
+
+def results_of(records: Iterable[Record]) -> defaultdict[str, list[Record]]:
+    """By address, every result, repetitions included; nothing for what failed."""
+    found: defaultdict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.is_done:
+            found[record.address].append(record)
+    return found
+
+
+def timed_together(own: Iterable[Record], stock: Iterable[Record]) -> tuple[Record, Record] | None:
+    """The first two results of one place, whose times may be compared; None where there are no such two."""
+    return next(((one, other) for one, other in product(own, stock) if one.place == other.place), None)
 
 
 @dataclass(frozen=True)

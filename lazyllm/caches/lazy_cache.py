@@ -114,8 +114,8 @@ class LazyCache(Cache):
         for number, known in enumerate(prompts):
             own = self.rows[number * each : (number + 1) * each]
             own = copied(own) if any(row is other for row in own for other in rows) else own
-            for row in own:
-                row.marks = known
+            for row in distinct(own):
+                row.take_up(known)
             rows += own
         self.rows = rows
 

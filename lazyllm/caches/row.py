@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,18 @@ class Row:
     def memory(self, layer: int) -> StateMemory:
         """The states remembered after `layer`; made at the first call."""
         return self.memories.setdefault(layer, StateMemory())
+
+    def take_up(self, marks: PromptMarks) -> None:
+        """Takes the marks of a further turn's prompt.
+
+        Where its text is not known, the units of the turns before stay; the reply, and what is new, are one each.
+        """
+        before = self.marks.starts
+        if before and not marks.starts:
+            turns = self.reply_start, len(self.ledger)
+            starts = {unit: tuple(sorted({*tokens, *turns})) for unit, tokens in before.items()}
+            marks = replace(marks, starts=starts)
+        self.marks = marks
 
     def add_to_tally(self, key: tuple[str, int], tokens: Tensor, amounts: Tensor) -> None:
         """Adds amounts [k] to the sums of `tokens` [k]."""

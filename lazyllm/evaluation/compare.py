@@ -12,13 +12,21 @@ from lazyllm.evaluation.fidelity import token_agreement
 from lazyllm.evaluation.quality import Verdict
 from lazyllm.evaluation.statistics import Effect, median_effect, paired_difference, paired_p_value
 
+UNCHANGED = Effect(0.0, 0.0, 0.0)
+"""What the unmodified model is beside itself: no sample of differences, but none at all."""
+
+
+def written(line: Any) -> dict[str, Any]:
+    """A dataclass as plain data; in files its cell is called a contender."""
+    return {"contender" if name == "cell" else name: value for name, value in asdict(line).items()}
+
 
 @dataclass(frozen=True)
 class Line:
-    """One contender on one task.
+    """One cell on one task.
 
     Attributes:
-        task, contender: names.
+        task, cell: names.
         items: how many.
         score: mean score of the replies, None for tasks without.
         won, lost: answers with a higher score here than in the unmodified model, and the other way round.
@@ -37,7 +45,7 @@ class Line:
     """
 
     task: str
-    contender: str
+    cell: str
     items: int
     score: float | None
     won: int
@@ -54,17 +62,17 @@ class Line:
     follow_up_speedup: Effect | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, as `written`."""
+        return written(self)
 
 
 def line_of(
-    task: str, name: str, mine: Sequence[Verdict], stock: Sequence[Verdict], timed: Sequence[bool] | None = None
+    task: str, cell: str, mine: Sequence[Verdict], stock: Sequence[Verdict], timed: Sequence[bool] | None = None
 ) -> Line:
-    """One contender on one task, from its verdicts and the unmodified model's on the same items.
+    """One cell on one task, from its verdicts and the unmodified model's on the same items.
 
     Args:
-        task, name: what it is called.
+        task, cell: what they are called.
         mine, stock: verdicts, at least one.
         timed: for which items the times of both may be compared; all unless given.
     """
@@ -76,14 +84,14 @@ def line_of(
     won, lost = int((scored[:, 0] > scored[:, 1]).sum()), int((scored[:, 0] < scored[:, 1]).sum())
     return Line(
         task=task,
-        contender=name,
+        cell=cell,
         items=len(mine),
         score=float(scored[:, 0].mean()) if known else None,
         won=won,
         lost=lost,
         p_value=paired_p_value(*scored.T) if won + lost else None,
         loss=float(losses[:, 0].mean()),
-        loss_change=paired_difference(*losses.T),
+        loss_change=UNCHANGED if list(mine) == list(stock) else paired_difference(*losses.T),
         speedup=_paired_speedup([(one.ttft_seconds, other.ttft_seconds) for one, other in together]),
         agreement=float(np.mean([token_agreement(one.reply, other.reply) for one, other in pairs])),
         computed_fraction=float(np.mean([one.computed_fraction for one in mine])),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
+from lazyllm.evaluation.compare import written
 from lazyllm.evaluation.harness import LazyLM
 from lazyllm.pipeline import LazyPipeline
 
 # isort: split
 # after harness, which says what to install where lm-eval is missing
 import lm_eval
+from lm_eval.api.metrics import perplexity
 from lm_eval.tasks import TaskManager
 
 BOOTSTRAPS = 1000
@@ -35,7 +37,7 @@ class HarnessItem:
     """One item of a task, as lm-eval has it.
 
     Attributes:
-        doc_id: its number in the task; the same for every contender.
+        doc_id: its number in the task; the same for every configuration.
         target: the right answer, as text.
         prompts: the text of each of its requests, a continuation to score not included.
         replies: to each request.
@@ -51,28 +53,30 @@ class HarnessItem:
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """One contender on one task.
+    """One configuration on one task.
 
     Attributes:
-        contender, task: names.
+        cell, task: names.
         metrics: lm-eval's aggregates by metric.
         errors: their standard errors, where lm-eval knows one.
         items: in order of `doc_id`.
-        computed_fraction: layer-tokens the prefills computed, of all, over all tasks of this contender.
-        seconds: what all tasks of this contender took.
+        computed_fraction: layer-tokens the prefills computed, of all, over all tasks of this cell.
+        seconds: what all tasks of this cell took.
+        lower_is_better: metrics of which an item had better have less.
     """
 
-    contender: str
+    cell: str
     task: str
     metrics: Mapping[str, float]
     errors: Mapping[str, float]
     items: tuple[HarnessItem, ...]
     computed_fraction: float
     seconds: float
+    lower_is_better: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, as `written`."""
+        return written(self)
 
 
 def evaluate(
@@ -96,7 +100,7 @@ def evaluate(
 
     Args:
         model, tokenizer: what is judged.
-        configs: the contenders, by name.
+        configs: one per cell, by its name.
         tasks: names of tasks, groups or tags, paths of YAML files, or configurations of tasks.
         limit: items of each task; None = all.
         lengths: prompt lengths in tokens of tasks that make their own prompts, such as RULER's; () = the task's own.
@@ -106,7 +110,7 @@ def evaluate(
         batch_size, truncate, rolling_block: as in `LazyLM`; here a request that is too long is an error unless told
             otherwise.
         seed: of the tasks that draw their items, and of the examples.
-        on_result: told about each contender's tasks as it finishes.
+        on_result: told about each cell's tasks as it finishes.
 
     Raises:
         InputError: for a task that does not exist, or whose data is not here.
@@ -121,13 +125,13 @@ def evaluate(
         )
         for name, config in configs.items()
     }
-    results = []
+    results: list[HarnessResult] = []
     with _loaded(tasks, tokenizer, lengths, seed) as (manager, loaded):
-        for name, contender in models.items():
+        for cell, own in models.items():
             started = time.perf_counter()
             output = lm_eval.simple_evaluate(
-                model=contender,
-                tasks=loaded,
+                model=own,
+                tasks=list(loaded.values()),
                 task_manager=manager,
                 limit=limit,
                 num_fewshot=num_fewshot,
@@ -139,22 +143,44 @@ def evaluate(
                 fewshot_random_seed=seed,
             )
             seconds = time.perf_counter() - started
-            for task, values in output["results"].items():
-                if task in output["samples"]:
-                    items = _items(output["samples"][task])
-                    metrics, errors = _aggregates(values)
-                    share = contender.share.fraction
-                    results.append(HarnessResult(name, task, metrics, errors, items, share, seconds))
-                    if on_result is not None:
-                        on_result(results[-1])
+            for result in _results(cell, output, loaded, own.share.fraction, seconds):
+                results.append(result)
+                if on_result is not None:
+                    on_result(result)
     return results
+
+
+def _results(
+    cell: str, output: Mapping[str, Any], tasks: Mapping[str, Any], share: float, seconds: float
+) -> Iterator[HarnessResult]:
+    """One result per task of lm-eval's output."""
+    for task, values in output["results"].items():
+        if task in output["samples"]:
+            items = _items(output["samples"][task])
+            metrics, errors = _aggregates(values)
+            lower = _lower_is_better(tasks[task], metrics)
+            yield HarnessResult(cell, task, metrics, errors, items, share, seconds, lower)
+
+
+def _lower_is_better(task: Any, metrics: Iterable[str]) -> tuple[str, ...]:
+    """The metrics of which an item had better have less, as the task or lm-eval's registry says.
+
+    What is aggregated to a perplexity is a log-likelihood item by item, of which more is better.
+    """
+    higher, aggregations = task.higher_is_better(), task.aggregation()
+    names = {metric: metric.partition(",")[0] for metric in metrics}
+    return tuple(
+        metric
+        for metric, name in names.items()
+        if higher.get(name) is False and aggregations.get(name) is not perplexity
+    )
 
 
 @contextmanager
 def _loaded(
     tasks: Sequence[str | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], seed: int
-) -> Iterator[tuple[TaskManager, list[Any]]]:
-    """The tasks with their data, once for all contenders; RULER's read the tokenizer from a folder."""
+) -> Iterator[tuple[TaskManager, dict[str, Any]]]:
+    """The tasks by name with their data, once for all cells; RULER's read the tokenizer from a folder."""
     with TemporaryDirectory(prefix="lazyllm-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         asked = {"max_seq_lengths": list(lengths)} if lengths else {}
@@ -164,7 +190,7 @@ def _loaded(
         found: dict[str, Any] = {}
         for task in tasks:
             found.update(_load(manager, task))
-        yield manager, list(found.values())
+        yield manager, found
 
 
 def _load(manager: TaskManager, task: str | Mapping[str, Any]) -> dict[str, Any]:

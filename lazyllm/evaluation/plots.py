@@ -80,13 +80,13 @@ def _draw_engines(axes: Any, report: EngineReport, names: Sequence[str], figure:
 def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:
     """Change of the right answer's loss over TTFT speedup, one panel per task (Figure 5 of arXiv 2407.14057).
 
-    Contenders whose names differ only behind an `@` are points of one curve.
+    Cells whose names differ only behind an `@` are points of one curve.
     """
     from lazyllm.evaluation.compare import groups
     from lazyllm.evaluation.quality import STOCK
 
-    tasks = {task: [line for line in group if line.contender != STOCK] for task, group in groups(lines)}
-    methods = list(dict.fromkeys(_method(line) for line in lines if line.contender != STOCK))
+    tasks = {task: [line for line in group if line.cell != STOCK] for task, group in groups(lines)}
+    methods = list(dict.fromkeys(_method(line) for line in lines if line.cell != STOCK))
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     path, figure = _new_figure(path, (4.6 * columns, 3.6 * rows))
@@ -107,7 +107,7 @@ def plot_quality(lines: Sequence[Line], path: str | Path) -> Path:
 
 
 def _method(line: Line) -> str:
-    return line.contender.partition("@")[0]
+    return line.cell.partition("@")[0]
 
 
 def _draw_curve(axes: Any, method: str, points: Sequence[Line], colour: str) -> None:

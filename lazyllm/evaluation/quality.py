@@ -17,8 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lazyllm.caches import LazyCache
 from lazyllm.caches.row import PromptMarks
-from lazyllm.callbacks import Callback, LayerEnd, PrefillShare
-from lazyllm.errors import InputError
+from lazyllm.callbacks import PrefillShare
 from lazyllm.evaluation.fidelity import divergence, token_agreement, top1_agreement
 from lazyllm.evaluation.metrics import rouge_l
 from lazyllm.evaluation.tasks import Item
@@ -28,21 +27,6 @@ from lazyllm.prompts import EncodedPrompt, Prompt, tokens_touching
 
 STOCK = "stock"
 """Name of the unmodified model, which everything is compared with."""
-
-
-@dataclass(frozen=True)
-class Recall:
-    """How much of an item's evidence is left at a layer.
-
-    Attributes:
-        layer: which layer it is that the tokens enter.
-        evidence: share of the evidence's tokens that enter it.
-        kept: share of all tokens that enter it.
-    """
-
-    layer: int
-    evidence: float
-    kept: float
 
 
 @dataclass(frozen=True)
@@ -104,45 +88,6 @@ class DenseRun:
     text: str
 
 
-class _Stop(Exception):
-    """Ends a prefill once enough layers have run."""
-
-
-class _VisibleAt(Callback):
-    """Notes who enters a layer and ends the run there."""
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-        self.visible: Tensor | None = None
-
-    def on_layer_end(self, event: LayerEnd) -> None:
-        """Stops at the layer."""
-        if event.layer == self.layer:
-            self.visible = event.rows[0].visible
-            raise _Stop
-
-
-def evidence_recall(pipe: LazyPipeline, item: Item, layer: int) -> Recall:
-    """Runs a prefill up to `layer` and looks which of the evidence's tokens are still there.
-
-    Raises:
-        InputError: when the item names no evidence.
-    """
-    if not item.evidence:
-        raise InputError(f"an item of task {item.task!r} names no evidence")
-    encoded = pipe.encode(item.prompt)
-    wanted = evidence_tokens(pipe, item)
-    spy = _VisibleAt(layer)
-    try:
-        with torch.no_grad(), pipe.attached(callbacks=[spy]) as model:
-            model(_ids(encoded, model), past_key_values=_cache(pipe, encoded), logits_to_keep=1)
-    except _Stop:
-        pass
-    assert spy.visible is not None
-    there = torch.isin(wanted, spy.visible).double().mean()
-    return Recall(layer, float(there), spy.visible.numel() / len(encoded.token_ids))
-
-
 def evidence_tokens(pipe: LazyPipeline, item: Item) -> Tensor:
     """The tokens [e] of an item's evidence."""
     return torch.cat([torch.arange(*span) for span in pipe.find(item.prompt, item.evidence)]).unique()
@@ -191,7 +136,8 @@ def forced_logits(contender: Contender, prompt: Prompt, tokens: Sequence[int]) -
 def dense_run(stock: Contender, item: Item) -> DenseRun:
     """The reply that others are compared with, for `judge`; made once per item."""
     with _at_the_reply(stock, item) as start:
-        return _dense_run(start, _greedy(start, item))
+        reply = _greedy(start, item)
+        return _dense_run(start.decode(reply.tokens), reply)
 
 
 def judge(
@@ -206,27 +152,32 @@ def judge(
             neither, the contender's own reply.
         dense: the unmodified model's run of this item, to measure how near the contender stays to it.
     """
-    return judge_and_run(contender, item, reference=reference, dense=dense)[0]
+    return _judged(contender, item, reference, dense)[0]
+
+
+def judge_and_run(stock: Contender, item: Item, *, reference: Sequence[int] | None = None) -> tuple[Verdict, DenseRun]:
+    """As `judge`, with the greedy run too, which others are compared with: for the unmodified model."""
+    verdict, reply = _judged(stock, item, reference, None)
+    return verdict, _dense_run(verdict.text, reply)
 
 
 @torch.no_grad()
-def judge_and_run(
-    contender: Contender, item: Item, *, reference: Sequence[int] | None = None, dense: DenseRun | None = None
-) -> tuple[Verdict, DenseRun]:
-    """As `judge`, with the greedy run too: that of the unmodified model is what others are compared with."""
+def _judged(
+    contender: Contender, item: Item, reference: Sequence[int] | None, dense: DenseRun | None
+) -> tuple[Verdict, _Reply]:
     with _at_the_reply(contender, item) as start:
         wanted = list(reference) if reference is not None else _reference(start.tokenizer, item)
         reply = _greedy(start.fork(), item)
         along = _force(start.fork(), dense.reply) if dense is not None else None
         forced = _force(start, wanted or reply.tokens)
         held = _held_bytes(start.cache)
-        run = _dense_run(start, reply)
+        text = start.decode(reply.tokens)
     verdict = Verdict(
         reference=wanted or reply.tokens,
         loss=forced.loss,
         reply=reply.tokens,
-        text=run.text,
-        score=item.score(run.text) if item.answers else None,
+        text=text,
+        score=item.score(text) if item.answers else None,
         ttft_seconds=start.ttft_seconds,
         computed_fraction=start.computed_fraction,
         recall=start.recall,
@@ -236,11 +187,11 @@ def judge_and_run(
         follow_up_recall=start.follow_up_recall,
         growth=reply.growth,
     )
-    return (verdict if dense is None or along is None else _beside(verdict, dense, along.logits)), run
+    return (verdict if dense is None or along is None else _beside(verdict, dense, along.logits)), reply
 
 
-def _dense_run(start: _Start, reply: _Reply) -> DenseRun:
-    return DenseRun(reply.tokens, torch.stack(reply.logits).float().cpu(), start.decode(reply.tokens))
+def _dense_run(text: str, reply: _Reply) -> DenseRun:
+    return DenseRun(reply.tokens, torch.stack(reply.logits).float().cpu(), text)
 
 
 def _beside(verdict: Verdict, dense: DenseRun, logits: Tensor) -> Verdict:
@@ -392,11 +343,16 @@ def _forced(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> It
 
 @dataclass(frozen=True)
 class _Forced:
-    """What came of forcing tokens: their mean loss, the logits [n, vocabulary] before each, and times in between."""
+    """What came of forcing tokens: their mean loss, the logits [vocabulary] before each, and times in between."""
 
     loss: float
-    logits: Tensor
+    before: list[Tensor]
     seconds: list[float]
+
+    @property
+    def logits(self) -> Tensor:
+        """All logits [n, vocabulary]."""
+        return torch.stack(self.before)
 
     @property
     def step_seconds(self) -> float | None:
@@ -411,7 +367,7 @@ def _force(start: _Start, tokens: Sequence[int]) -> _Forced:
         total -= float(logits.float().log_softmax(-1)[token])
         clock.append(time.perf_counter())
         before.append(logits)
-    return _Forced(total / len(tokens), torch.stack(before), [late - early for early, late in pairwise(clock)])
+    return _Forced(total / len(tokens), before, [late - early for early, late in pairwise(clock)])
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:

@@ -5,7 +5,7 @@ All intervals are two-sided at 95 %. How well each method keeps its promise is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import ceil, inf, isnan, nan, sqrt
@@ -26,7 +26,7 @@ MARGIN = 0.02
 FEW = 20
 """Below so many pairs a comparison says little, whatever it says."""
 FEW_DIFFERING = 8
-"""Below so many pairs that differ, intervals of graded values cover less than they should."""
+"""Below so many pairs that differ, graded differences are taken to be larger than those that were seen."""
 RESAMPLES = 999
 EXACT_SIGNS = 13
 """Up to so many differences all patterns of signs are tried, above it `FLIPS` random ones."""
@@ -68,19 +68,41 @@ def mean_effect(values: ArrayLike) -> Effect:
 
 
 def paired_difference(mine: ArrayLike, theirs: ArrayLike) -> Effect:
-    """The mean of `mine - theirs` [n]: Tango's interval where all are 0 or 1, else that of `graded_mean`."""
+    """The mean of `mine - theirs` [n]: Tango's interval where all are 0 or 1, else that of `graded_mean`.
+
+    Where hardly any graded pair differs, what has not been seen is not taken to be impossible: see `_unseen`.
+    """
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
     if not is_binary(mine, theirs) or not mine.size:
-        return graded_mean(mine - theirs)
+        return graded_mean(mine - theirs, unseen=_unseen(mine, theirs))
     return tango(int((mine > theirs).sum()), int((mine < theirs).sum()), mine.size)
 
 
-def graded_mean(values: ArrayLike) -> Effect:
+def _unseen(mine: Values, theirs: Values) -> float:
+    """What is added to the squared deviations of `mine - theirs` [n] for pairs that might have differed.
+
+    If none of many differs, it is that of one more pair won and one more lost, by as much as values can differ: by 1
+    between scores from 0 to 1, by their range between others. With m that differ it is `(1 - m / 8) (1 - m / n)` of it,
+    so that nothing is added from `FEW_DIFFERING` on, or where all differ.
+    """
+    differing = np.count_nonzero(mine != theirs)
+    if not mine.size or differing >= FEW_DIFFERING:
+        return 0.0
+    both = np.concatenate([mine, theirs])
+    most = 1.0 if both.min() >= 0 and both.max() <= 1 else float(np.ptp(both))
+    return 2 * most**2 * (1 - differing / FEW_DIFFERING) * (1 - differing / mine.size)
+
+
+def graded_mean(values: ArrayLike, *, unseen: float = 0.0) -> Effect:
     """The mean of any numbers [n]: the interval spans Student's t and the studentised bootstrap.
 
     Student's t is too short on one side for skewed values, the bootstrap is too short for symmetric ones with heavy
     tails; spanning both is right for either. Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap,
     section 12.5.
+
+    Args:
+        values: the numbers.
+        unseen: is added to the sum of their squared deviations.
     """
     values = np.asarray(values, dtype=float)
     if not values.size:
@@ -88,12 +110,18 @@ def graded_mean(values: ArrayLike) -> Effect:
     mean = float(values.mean())
     if values.size == 1:
         return Effect(mean, -inf, inf)
-    if np.ptp(values) <= ROUNDING * np.abs(values).max():
-        return Effect(mean, mean, mean)
-    error = float(stats.sem(values))
     reach = float(stats.t.ppf(1 - LEVEL / 2, values.size - 1))
+    error = sqrt(_variance(values, unseen) / values.size)
+    if np.ptp(values) <= ROUNDING * np.abs(values).max():
+        reach = reach if unseen else 0.0
+        return Effect(mean, mean - error * reach, mean + error * reach)
     low, high = np.quantile(_studentised_means(values), [LEVEL / 2, 1 - LEVEL / 2])
     return Effect(mean, mean - error * max(reach, float(high)), mean + error * max(reach, -float(low)))
+
+
+def _variance(values: Values, unseen: float) -> float:
+    """Of values [n], n > 1, with `unseen` added to their squared deviations."""
+    return float(np.var(values, ddof=1)) + unseen / (values.size - 1)
 
 
 def _studentised_means(values: Values) -> Values:
@@ -211,7 +239,8 @@ def decide(gain: Effect, margin: float) -> Decision:
 def detectable_difference(mine: ArrayLike, theirs: ArrayLike) -> float:
     """The smallest true difference that a two-sided paired test at 5 % finds in 80 % of samples like this one.
 
-    `(t_.975 + t_.8) s / sqrt(n)` for differences of deviation s. Outcomes of 0 and 1 are told apart only by the pairs
+    `(t_.975 + t_.8) s / sqrt(n)` for differences of deviation s; where hardly any pair differs s is that of
+    `paired_difference`. Outcomes of 0 and 1 are told apart only by the pairs
     that differ, of which there are at least as many as the difference says: see `_detectable_share`.
     NaN for fewer than two pairs.
     """
@@ -221,7 +250,7 @@ def detectable_difference(mine: ArrayLike, theirs: ArrayLike) -> float:
     if is_binary(mine, theirs):
         return _detectable_share(float((mine != theirs).mean()), mine.size)
     reach = stats.t.ppf([1 - LEVEL / 2, POWER], mine.size - 1).sum()
-    return float(reach * np.std(mine - theirs, ddof=1) / sqrt(mine.size))
+    return float(reach * sqrt(_variance(mine - theirs, _unseen(mine, theirs)) / mine.size))
 
 
 def needed_pairs(difference: float, mine: ArrayLike, theirs: ArrayLike) -> int:
@@ -234,10 +263,12 @@ def needed_pairs(difference: float, mine: ArrayLike, theirs: ArrayLike) -> int:
         raise InputError(f"a difference to be found is positive, not {difference}")
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
     if is_binary(mine, theirs):
-        variance = max(difference, float((mine != theirs).mean()))
+        variance, unseen = max(difference, float((mine != theirs).mean())), 0.0
     else:
-        variance = float(np.var(mine - theirs, ddof=1))
-    return max(2, ceil(_normal_reach() ** 2 * variance / difference**2))
+        variance, unseen = float(np.var(mine - theirs, ddof=1)), _unseen(mine, theirs)
+    # n difference^2 = c^2 (variance + unseen / n), solved for n
+    seen, more = _normal_reach() ** 2 * variance, _normal_reach() ** 2 * unseen
+    return max(2, ceil((seen + sqrt(seen**2 + 4 * difference**2 * more)) / (2 * difference**2)))
 
 
 def _detectable_share(differing: float, pairs: int) -> float:
@@ -252,6 +283,23 @@ def _normal_reach() -> float:
 
 
 # -- families ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Values of a cell and of the baseline on the same items of a task; None or NaN where one is missing.
+
+    Attributes:
+        task, cell: names.
+        mine, theirs: the cell's values and the baseline's, in the same order of items.
+        lower_is_better: for losses and times.
+    """
+
+    task: str
+    cell: str
+    mine: Sequence[float | None]
+    theirs: Sequence[float | None]
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -310,14 +358,27 @@ def compare_family(
     Raises:
         InputError: when a task lacks the baseline, its cells differ in length, or the margin is negative.
     """
+    return compare_pairs(
+        [
+            Paired(task, cell, mine, cells[baseline], lower_is_better)
+            for task, cells in _checked(values, baseline)
+            for cell, mine in cells.items()
+            if cell != baseline
+        ],
+        margin=margin,
+        seed=seed,
+    )
+
+
+def compare_pairs(pairs: Iterable[Paired], *, margin: float = MARGIN, seed: int = 0) -> list[Comparison]:
+    """As `compare_family`, of values that are paired already; of some less may be better, of others more.
+
+    Raises:
+        InputError: for a negative margin.
+    """
     if not margin >= 0:
         raise InputError(f"a margin is at least 0, not {margin}")
-    found = [
-        _compared(task, cell, mine, cells[baseline], margin, lower_is_better, seed)
-        for task, cells in _checked(values, baseline)
-        for cell, mine in cells.items()
-        if cell != baseline
-    ]
+    found = [_compared(one, margin, seed) for one in pairs]
     adjusted = holm([one.p_value for one in found])
     return [replace(one, adjusted_p_value=value) for one, value in zip(found, adjusted, strict=True)]
 
@@ -334,33 +395,25 @@ def _checked(
         yield task, cells
 
 
-def _compared(
-    task: str,
-    cell: str,
-    mine: Sequence[float | None],
-    theirs: Sequence[float | None],
-    margin: float,
-    lower_is_better: bool,
-    seed: int,
-) -> Comparison:
-    known = [(one, other) for one, other in zip(mine, theirs, strict=True) if not _is_missing(one, other)]
-    own, base = np.array(known, dtype=float).reshape(-1, 2).T
-    difference = paired_difference(own, base)
+def _compared(pair: Paired, margin: float, seed: int) -> Comparison:
+    both = zip(pair.mine, pair.theirs, strict=True)
+    own, base = np.array([one for one in both if not _is_missing(*one)], dtype=float).reshape(-1, 2).T
+    difference, excluded = paired_difference(own, base), len(pair.mine) - own.size
     detectable = detectable_difference(own, base)
     return Comparison(
-        task=task,
-        cell=cell,
-        pairs=len(known),
-        excluded=len(mine) - len(known),
+        task=pair.task,
+        cell=pair.cell,
+        pairs=own.size,
+        excluded=excluded,
         baseline=mean_effect(base),
         mean=mean_effect(own),
         difference=difference,
         p_value=(p_value := paired_p_value(own, base, seed=seed)),
         adjusted_p_value=p_value,
-        decision=decide(-difference if lower_is_better else difference, margin),
+        decision=decide(-difference if pair.lower_is_better else difference, margin),
         margin=margin,
         detectable=detectable,
-        warnings=tuple(_warnings(own, base, len(mine) - len(known), margin, detectable)),
+        warnings=tuple(_warnings(own, base, excluded, margin, detectable)),
     )
 
 
@@ -375,8 +428,11 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
     if pairs < FEW:
         yield f"{pairs} pairs are too few to say anything; take {FEW} at least"
     differing = int((mine != theirs).sum())
-    if pairs and differing < FEW_DIFFERING and not is_binary(mine, theirs):
-        yield f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values is too short"
+    if differing < min(pairs, FEW_DIFFERING) and not is_binary(mine, theirs):
+        yield (
+            f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values rests on how "
+            "far they can differ"
+        )
     if pairs > 1 and detectable > margin > 0:
         yield (
             f"{pairs} pairs find differences from {detectable:.2g} on, not the margin of {margin:.2g}; "

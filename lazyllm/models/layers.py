@@ -119,12 +119,20 @@ class CompiledLayers:
         try:
             return self._compiled(layer, packed.hidden, packed.positions, packed.rope, options)
         except TorchDynamoException as error:
-            why = " ".join(str(error).split("\n")[:2])
-            raise UnsupportedModelError(
-                f"{type(layer).__name__} cannot be compiled; leave compile off (torch: {why})"
-            ) from error
+            raise UnsupportedModelError(_why_not(layer, error)) from error
         finally:
             _RUNNING.reset(running)
+
+
+def _why_not(layer: nn.Module, error: Exception) -> str:
+    """Why a layer cannot be compiled, as far as that can be told, and what to do."""
+    told = " ".join(str(error).split("\n")[:2])
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+    advice = (
+        ": it has forward hooks, such as transformers leaves on a model that was once asked for attention or hidden "
+        "states; load the model anew, or leave compile off"
+    )
+    return f"{type(layer).__name__} cannot be compiled{advice if hooked else '; leave compile off'} (torch: {told})"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Blockwise(ComposedScorer):
 
     Attributes:
         scorer: whose scores.
-        size: tokens per block, counted from the start of the context; or "line", "sentence" or "paragraph".
+        size: tokens per block, counted from the start of the context; or "line", "sentence" or "paragraph". Of a
+            further turn that is given as token ids, the new tokens are one unit.
         by: "max" or "mean" of the block's visible tokens.
     """
 

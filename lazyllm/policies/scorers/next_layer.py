@@ -1,16 +1,15 @@
 """Attention of the layer that tokens are chosen for."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 from einops import reduce
-from pydantic import Field
 from torch import Tensor
 
-from lazyllm.policies.base import ScoreContext, Scorer
-from lazyllm.policies.pooling import OddWidth, max_over_neighbours
+from lazyllm.policies.base import ScoreContext
+from lazyllm.policies.scorers.windowed import WindowedScorer
 
 
-class NextLayerAttention(Scorer):
+class NextLayerAttention(WindowedScorer):
     """Attention of the last `window` new tokens by the next layer's own queries and keys, which no earlier layer has.
 
     `s_i = max_{|j-i| <= pool//2} agg_h mean_q A_{l+1}[h, q, j]`. The next layer projects all visible tokens once for
@@ -18,25 +17,12 @@ class NextLayerAttention(Scorer):
     Source: SPTS, arXiv 2601.13155: scores of the layer before are stale.
 
     Attributes:
-        window: number of queries at the end of the prompt; a decode step has one.
-        heads: how heads are joined, "mean" or "max".
-        pool: odd width in visible tokens of the maximum over neighbours; 1 = none.
+        window, heads, pool: as in `WindowedScorer`.
     """
 
     needs_next: ClassVar[bool] = True
 
-    window: Annotated[int, Field(ge=1)] = 32
-    heads: Literal["mean", "max"] = "mean"
-    pool: OddWidth = 1
-
-    @property
-    def compares(self) -> int:
-        """`window`."""
-        return self.window
-
-    def score(self, context: ScoreContext) -> Tensor:
-        """Scores [v]."""
+    def attended(self, context: ScoreContext) -> Tensor:
+        """Mean attention [h, v] of the window's queries at the next layer."""
         assert context.read_next is not None, "tokens are chosen for a layer that exists"
-        probabilities = context.over_visible(context.read_next(), self.window)
-        scores = reduce(reduce(probabilities, "h q v -> h v", "mean"), "h v -> v", self.heads)
-        return max_over_neighbours(scores, self.pool)
+        return reduce(context.over_visible(context.read_next(), self.window), "h q v -> h v", "mean")
