@@ -129,9 +129,15 @@ def run_lazy(pipe: LazyPipeline, text: str, questions: list[str], times: Times) 
     assert document.loaded is not None
     times.load.append(document.loaded.seconds)
     times.bytes_per_token = document.loaded.bytes_per_token
-    replies = [document.ask(question, max_new_tokens=1, do_sample=False) for question in questions]
-    times.questions.append([reply.stats.ttft_seconds for reply in replies])
+    times.questions.append([first_token(document, question) for question in questions])
     times.computed = document.computed_fraction
+
+
+def first_token(document: Document, question: str) -> float:
+    """Seconds to the first token of a reply."""
+    result = document.ask(question, max_new_tokens=1, do_sample=False)
+    assert not isinstance(result, list)
+    return result.stats.ttft_seconds
 
 
 def prompts_of(document: Document, questions: list[str]) -> list[list[int]]:

@@ -169,6 +169,7 @@ class Document:
             return self.pipe.generate(encoded, past_key_values=self.cache, **options)
         finally:
             self.cache.crop(loaded - self.cache.columns)
+            self.cache.batch_select_indices(torch.tensor([0]))  # of several replies
 
     def stream(self, question: str, **options: Any) -> TextStream:
         """Answers a question in the background and yields text as it comes; as `ask` otherwise."""

@@ -3,7 +3,6 @@
 import errno
 import json
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,20 +112,6 @@ def test_documents_open_the_first_question_and_the_system_message_stands_alone()
     ]
     assert chat.turns[0].asked == {"role": "user", "content": "w1 ?"}
     assert chat.turns[0].stats == reply.stats
-
-
-def test_loaded_documents_are_gone_on_from():
-    pipe = pipeline()
-    messages = [{"role": "system", "content": "w60"}, {"role": "user", "content": f"{DOCUMENT}\n\n"}]
-    loaded = SimpleNamespace(cache=pipe.bound_cache(), messages=messages)
-    ids = tokenizer()(f"system : w60 end user : {DOCUMENT}").input_ids
-    pipe.generate(ids, past_key_values=loaded.cache, **{**GREEDY, "max_new_tokens": 1})
-    chat = pipe.conversation(documents=loaded)
-    reply = chat.ask("w1 ?", **GREEDY)
-    assert reply.stats.reused_tokens == len(ids) == loaded.cache.columns
-    assert chat.messages[:2] == [messages[0], {"role": "user", "content": f"{DOCUMENT}\n\nw1 ?"}]
-    with pytest.raises(InputError, match="have their system message already"):
-        pipe.conversation(documents=loaded, system="w1")
 
 
 # -- what a template changes -------------------------------------------------------------------------
