@@ -233,12 +233,15 @@ class LazyPipeline:
             yield self.model
 
     @contextmanager
-    def loading(self, depth: int | None = None) -> Iterator[tuple[PreTrainedModel, int]]:
+    def loading(
+        self, depth: int | None = None, *, callbacks: Sequence[Callback] = ()
+    ) -> Iterator[tuple[PreTrainedModel, int]]:
         """The model, taking every token through its first layers only, for documents that wait for a question.
 
         Args:
             depth: number of layers; None = as many as every question computes for all tokens, which is up to the
                 first layer after layer 0 before which the schedule cuts.
+            callbacks: in addition to the pipeline's own.
 
         Yields:
             The model, whose logits are NaN, and the number of layers.
@@ -257,7 +260,7 @@ class LazyPipeline:
                 f"{type(self.config.cache).__name__} keeps no tokens that wait, so a document cannot be loaded "
                 f"{depth} of {layers} layers deep; use a cache that revives, such as AuxCache"
             )
-        with self._attached(DepthLimit(self._selector, depth), (), "nan"):
+        with self._attached(DepthLimit(self._selector, depth), callbacks, "nan"):
             yield self.model, depth
 
     @contextmanager

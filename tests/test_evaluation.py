@@ -143,6 +143,24 @@ def test_a_reply_goes_on_from_what_was_said(tokenizer):
         assert verdict.loss == pytest.approx(plain.loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("policies", [{"schedule": Constant(1.0)}, {"schedule": Stages({1: 0.5, 3: 0.3})}])
+def test_a_question_that_is_asked_later_is_judged_as_one_that_was_known(tokenizer, policies):
+    """Where nothing is chosen before the layer in which the text waits, it is the same."""
+    trace = TokenTrace()
+    pipe = LazyPipeline(tiny_model(), tokenizer, scorer=LastTokenAttention(), **policies, callbacks=[trace])
+    known = replace(item(answers=()), prompt=" ".join(words(0, 60)) + "\n\nw1 ?")
+    expected = judge(Contender(pipe, "known"), known)
+    trace.steps.clear()
+    got = judge(Contender(pipe, "later"), replace(known, waits=True))
+    assert got.reply == expected.reply
+    assert got.loss == pytest.approx(expected.loss, abs=1e-9)
+    assert got.computed_fraction == pytest.approx(expected.computed_fraction)
+    depths = {len(step) for step in trace.steps}
+    assert depths == ({4} if policies["schedule"] == Constant(1.0) else {1, 4})
+    stock = judge(Contender(pipe, STOCK, is_stock=True), replace(known, waits=True))
+    assert stock.loss == judge(Contender(pipe, STOCK, is_stock=True), known).loss
+
+
 def test_a_second_turn_goes_on_where_the_first_one_stopped(tokenizer):
     one = item(follow_up="w7 w8", answers=("none",))
     pipe = pipeline(tokenizer, cache="DenseCache")

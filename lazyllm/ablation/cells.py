@@ -14,11 +14,12 @@ from lazyllm.evaluation.tasks import Layout, check_task
 from lazyllm.models.loading import dtype_named
 from lazyllm.models.quantize import weights_named
 
-Question = Literal["last", "first", "middle"]
+Question = Literal["last", "first", "middle", "later"]
 LAYOUTS: dict[Question, Layout] = {
     "last": "question last",
     "first": "question first",
     "middle": "question in the middle",
+    "later": "question last",
 }
 SHORTEST = 300
 """Tokens of a prompt that every task can fill."""
@@ -46,7 +47,7 @@ class Setting:
     Attributes:
         ref: the model.
         tokens: length of the prompts.
-        question: where in them the question stands.
+        question: where in them the question stands; "later" is last, asked once the rest is loaded.
         seed: of the items.
         tasks: how many items of each.
     """

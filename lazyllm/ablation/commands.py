@@ -75,7 +75,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Names of tasks; lm-eval:NAME for those of lm-eval.")] = "needle,squad",
     items: Annotated[int, typer.Option(min=1, help="Items of every task.")] = 24,
     tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2048,
-    question: Annotated[str, typer.Option(help="Where it stands: last, first or middle.")] = "last",
+    question: Annotated[
+        str, typer.Option(help="Where it stands: last, first, middle, or later: asked once the rest is loaded.")
+    ] = "last",
     model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or the packaged SmolLM2.")] = "packaged",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lazyllm.ablation.cells import LAYOUTS, Cell, stock_cells
@@ -221,7 +221,10 @@ class _Addresses:
         key = (task, count, setting.tokens, setting.question, setting.seed)
         if key not in self._made:
             maker = Maker(self._loaded.tokenizer, setting.tokens, LAYOUTS[setting.question])
-            made = make_items(task, maker, count, seed=setting.seed)
+            made = [
+                replace(item, waits=setting.question == "later")
+                for item in make_items(task, maker, count, seed=setting.seed)
+            ]
             different = {digest(item, letters=16): item for item in made}
             if len(different) < count:
                 told = f"{task} has {len(different)} different items for seed {setting.seed}, not {count}"

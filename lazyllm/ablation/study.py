@@ -75,7 +75,7 @@ class Study(Value):
         tasks: how many items of each task; a list of names takes `items` of each.
         items: how many, where `tasks` does not say.
         tokens: length of the prompts.
-        question: where in a prompt its question stands.
+        question: where in a prompt its question stands; "later" is last, asked once the rest is loaded.
         seed: of the items, of drawn values, and of the order in which cells are run.
         config: what the axes vary: a preset, a path, or a mapping of fields with an optional `preset`.
         axes: their product is run.

@@ -23,6 +23,7 @@ from lazyllm.evaluation.metrics import rouge_l
 from lazyllm.evaluation.tasks import Item
 from lazyllm.generation import Options
 from lazyllm.pipeline import LazyPipeline
+from lazyllm.policies.query import AUTO_TOKENS
 from lazyllm.prompts import EncodedPrompt, Prompt, tokens_touching
 
 STOCK = "stock"
@@ -100,14 +101,21 @@ class Contender:
         self.pipe, self.name, self.is_stock = pipe, name, is_stock
 
     @contextmanager
-    def running(self, encoded: EncodedPrompt) -> Iterator[tuple[Any, Any, PrefillShare]]:
-        """The model as it runs, an empty cache for it, and a counter of what it computes."""
+    def running(self, encoded: EncodedPrompt, loaded: int = 0) -> Iterator[tuple[Any, Any, PrefillShare]]:
+        """The model as it runs, a cache for it, and a counter of what it computes.
+
+        Of the prompt, a pipeline's cache has the first `loaded` tokens as a document that waits.
+        """
         counter = PrefillShare()
         if self.is_stock:
             yield self.pipe.model, DynamicCache(config=self.pipe.model.config), counter
             return
+        cache = _cache(self.pipe, encoded)
+        if loaded:
+            with self.pipe.loading(callbacks=[counter]) as (model, _):
+                model(_ids(encoded, model)[:, :loaded], past_key_values=cache, logits_to_keep=1)
         with self.pipe.attached(callbacks=[counter]) as model:
-            yield model, _cache(self.pipe, encoded), counter
+            yield model, cache, counter
 
 
 @torch.no_grad()
@@ -240,7 +248,10 @@ def _at_the_reply(contender: Contender, item: Item) -> Iterator[_Start]:
     pipe, tokenizer = contender.pipe, cast(PreTrainedTokenizerBase, contender.pipe.tokenizer)
     started = time.perf_counter()
     encoded = pipe.encode(item.prompt)
-    with contender.running(encoded) as (model, cache, counter):
+    loaded = _before_the_question(pipe, item) if item.waits else 0
+    encoded_at = time.perf_counter()
+    with contender.running(encoded, loaded) as (model, cache, counter):
+        started += (time.perf_counter() - encoded_at) if loaded else 0.0  # loading is not part of the answer
         logits = _first_logits(model, cache, encoded)
         int(logits.argmax())  # waits for the device
         ttft = time.perf_counter() - started
@@ -313,13 +324,20 @@ def _reference(tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
     return list(tokenizer(item.reference, add_special_tokens=False)["input_ids"])
 
 
+def _before_the_question(pipe: LazyPipeline, item: Item) -> int:
+    """How many tokens of a prompt stand before its question; all but the last ones where it asks nothing."""
+    asked = pipe.encode(item.prompt, query="auto")
+    return asked.marks.query[0][0] if asked.marks.query else max(0, len(asked.token_ids) - AUTO_TOKENS)
+
+
 def _ids(encoded: EncodedPrompt, model: Any) -> Tensor:
     return torch.tensor([encoded.token_ids], device=model.device)
 
 
 def _first_logits(model: Any, cache: Any, encoded: EncodedPrompt) -> Tensor:
-    """Prefills; the logits [n] behind the prompt."""
-    return cast(Tensor, model(_ids(encoded, model), past_key_values=cache, logits_to_keep=1).logits[0, -1])
+    """Prefills what the cache does not hold; the logits [n] behind the prompt."""
+    new = _ids(encoded, model)[:, cache.get_seq_length() :]
+    return cast(Tensor, model(new, past_key_values=cache, logits_to_keep=1).logits[0, -1])
 
 
 def _cache(pipe: LazyPipeline, encoded: EncodedPrompt) -> LazyCache:

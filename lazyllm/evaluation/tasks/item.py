@@ -24,6 +24,7 @@ class Item:
         said: how the reply begins, whoever writes it; reference and answers are those of what comes after.
         metric: how a reply is scored, a name of `METRICS`.
         classes: all answers there are, for metrics that ask.
+        waits: whether what stands before the question is loaded before the question is known.
     """
 
     task: str
@@ -36,6 +37,7 @@ class Item:
     said: str = ""
     metric: str = "contains-any"
     classes: tuple[str, ...] = ()
+    waits: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
