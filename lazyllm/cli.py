@@ -503,13 +503,14 @@ def predict_costs(
         predict(shape, config, numbers, tokens=length, parallel=parallel, asked=asked, kept=shares)
         for length in lengths
     ]
+    spared = None if save_config is None else full_below_break_even(config, predictions[0])
     Console().print(_predictions(predictions))
     typer.echo("\n".join(_limits(predictions)))
     try:
         if save_device is not None:
             numbers.save(save_device)
-        if save_config is not None:
-            full_below_break_even(config, predictions[0]).save(save_config)
+        if spared is not None and save_config is not None:
+            spared.save(save_config)
         if stats_json is not None:
             data = [prediction.to_dict() for prediction in predictions]
             stats_json.write_text(json.dumps(data, indent=2), encoding="utf-8")

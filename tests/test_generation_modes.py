@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -484,6 +485,12 @@ REFUSED_VALUES = {
 
 def test_every_refusal_is_tried():
     assert list(REFUSED_VALUES) == [refusal.name for refusal in REFUSED]
+
+
+def test_the_page_names_every_refusal():
+    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
+    table = page.split("## What is refused")[1].split("\n## ")[0]
+    assert all(f"`{refusal.name}" in table for refusal in REFUSED)
 
 
 @pytest.mark.parametrize("name", REFUSED_VALUES)

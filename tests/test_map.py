@@ -208,8 +208,8 @@ def test_a_prompt_that_comes_twice_is_answered_twice(pipe, tmp_path):
         {"options": {"generation_config": GenerationConfig(max_new_tokens=3)}},
         {"policies": {"schedule": Stages({1: 0.5})}},
         {"policies": {"protect": Protect(recent=3)}},
-        {"model": tiny_model("llama", seed=1)},
-        {"model": tiny_model("qwen3")},
+        {"model": {"seed": 1}},
+        {"model": {"family": "qwen3"}},
         {"query": 3},
     ],
     ids=str,
@@ -218,7 +218,7 @@ def test_whatever_a_reply_depends_on_is_computed_anew(pipe, batches, tmp_path, c
     out = tmp_path / "replies.jsonl"
     list(pipe.map(PROMPTS[:2], out=out, **GREEDY))
     batches.clear()
-    other = LazyPipeline(change.get("model", pipe.model), **{**PRUNING, **change.get("policies", {})})
+    other = LazyPipeline(tiny_model(**change.get("model", {})), **{**PRUNING, **change.get("policies", {})})
     list(other.map(PROMPTS[:2], out=out, query=change.get("query"), **{**GREEDY, **change.get("options", {})}))
     assert sum(map(len, batches)) == 2
     assert len(look_into(out).replies) == 4

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ from lazyllm import (
     preset_names,
 )
 from lazyllm.cli import app
-from lazyllm.costs import Device, ModelShape, Rate, calibrate, entering_tokens, predict
+from lazyllm.costs import Device, ModelShape, Rate, calibrate, entering_tokens, full_below_break_even, predict
 from lazyllm.costs import calibrate as calibration
 from lazyllm.costs.device import data_sheets
 from lazyllm.costs.predict import MEASURED_KEPT
@@ -378,7 +379,26 @@ def test_a_schedule_that_leaves_short_prompts_alone_pays_from_there_on():
 
 def test_scoring_that_costs_more_than_it_saves_never_pays():
     device = flat_device(ranked_token_seconds=1.0, attention=FREE)
-    assert predict(SMALL, POLICIES["stages"], device, tokens=10).break_even_tokens is None
+    prediction = predict(SMALL, POLICIES["stages"], device, tokens=10)
+    assert prediction.break_even_tokens is None
+    with pytest.raises(InputError, match="pays at no length on flat"):
+        full_below_break_even(POLICIES["stages"], prediction)
+
+
+def test_prompts_too_short_to_pay_can_be_left_alone():
+    config = POLICIES["stages"]
+    prediction = predict(SMALL, config, flat_device(cut_seconds=3e-3), tokens=10)
+    least = prediction.break_even_tokens
+    spared = full_below_break_even(config, prediction)
+    assert spared == config.model_copy(update={"schedule": FullBelow(least, config.schedule)})
+    assert predict(SMALL, spared, flat_device(cut_seconds=3e-3), tokens=least - 1).speedup == 1
+    assert full_below_break_even(spared, prediction) == spared
+
+
+@pytest.mark.parametrize(("length", "expected"), [(5, 700), (900, 900)])
+def test_of_two_lengths_the_longer_one_holds(length: int, expected: int):
+    schedule = FullBelow.at_least(length, FullBelow(700, Constant(0.3)))
+    assert schedule == FullBelow(expected, Constant(0.3))
 
 
 # -- decode --------------------------------------------------------------------------------------------
@@ -630,6 +650,18 @@ def test_the_command_reads_a_models_folder_and_a_devices_file(command, tmp_path)
     assert result.exit_code == 0, result.stderr
     assert "predicted on flat" in result.stdout
     assert Device.load(tmp_path / "again.json") == Device.load(path)
+
+
+def test_the_command_saves_a_configuration_that_spares_short_prompts(command, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    result = command("llama-3.1-8b", "--preset", "paper", "--save-config", mine)
+    assert result.exit_code == 0, result.stderr
+    least = int(re.search(r"pruning pays from ([\d,]+) tokens", result.stdout)[1].replace(",", ""))
+    paper = LazyConfig.preset("paper")
+    assert LazyConfig.load(mine) == paper.model_copy(update={"schedule": FullBelow(least, paper.schedule)})
+    refused = command("llama-3.1-8b", "--preset", "dense", "--save-config", mine)
+    assert refused.exit_code == 2
+    assert "pays at no length" in refused.stderr
 
 
 @pytest.mark.parametrize(
