@@ -24,6 +24,7 @@ from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.conversation import Conversation, Turn
+from lazyllm.documents import Document, LoadStats
 from lazyllm.errors import (
     AttachError,
     CacheError,
@@ -102,6 +103,7 @@ __all__ = [
     "Conversation",
     "Cosine",
     "DenseCache",
+    "Document",
     "DraftModel",
     "DropCache",
     "EngineError",
@@ -120,6 +122,7 @@ __all__ = [
     "LazyPipeline",
     "LexicalOverlap",
     "Linear",
+    "LoadStats",
     "MultiLayerAttention",
     "NextLayerAttention",
     "OffloadedAux",

@@ -22,6 +22,11 @@ def is_ascending(tokens: Tensor) -> bool:
     return bool((tokens[1:] > tokens[:-1]).all())
 
 
+def is_writable(tensor: Tensor) -> bool:
+    """Whether it may be changed in place: what was made in inference mode may not be, outside of it."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+
+
 class GrowingBuffer:
     """A tensor that grows along one axis by half of its size, but not by more than a step, so that appending is cheap.
 
@@ -51,7 +56,7 @@ class GrowingBuffer:
         if self._data is None and added >= self._reserved:
             self._data, self.length = entries, added
             return
-        if self._data is None or not self._is_own or self.length + added > self._data.shape[self.axis]:
+        if self._data is None or not self._may_write or self.length + added > self._data.shape[self.axis]:
             self._grow(entries, max(self.length + added, self._reserved))
         assert self._data is not None
         self._data.narrow(self.axis, self.length, added).copy_(entries)
@@ -72,9 +77,13 @@ class GrowingBuffer:
 
     def writable(self) -> Tensor:
         """All entries in use, to be changed in place."""
-        if not self._is_own:
+        if not self._may_write:
             self._data, self._is_own = self.read().clone(), True
         return self.read()
+
+    @property
+    def _may_write(self) -> bool:
+        return self._is_own and self._data is not None and is_writable(self._data)
 
     def truncate(self, length: int) -> None:
         """Forgets the entries from `length` on."""

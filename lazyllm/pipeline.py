@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,8 +26,9 @@ from lazyllm.caches.row import PromptMarks
 from lazyllm.caches.saved import load_cache
 from lazyllm.callbacks import Callback, GenerateEnd, LayerEnd
 from lazyllm.config import LazyConfig
-from lazyllm.conversation import Conversation, LoadedDocument, Overflow
+from lazyllm.conversation import Conversation, Documents, Overflow
 from lazyllm.conversation_file import load_conversation
+from lazyllm.documents import LAYOUT, Document, load_document, open_document
 from lazyllm.errors import AttachError, CacheError, ConfigError, InputError
 from lazyllm.models.attach import attached, check_model, turn_of
 from lazyllm.models.families import DecoderContract, contract_of
@@ -37,6 +38,7 @@ from lazyllm.models.loading import load_model
 from lazyllm.models.reader import open_readers
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
+from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
@@ -191,13 +193,19 @@ class LazyPipeline:
         """
         return self.load_noted_cache(path)[0]
 
-    def load_noted_cache(self, path: str | Path) -> tuple[LazyCache, str]:
-        """As `load_cache`, with the note that `cache.save` was given."""
+    def load_noted_cache(self, path: str | Path, *, mapped: bool = False) -> tuple[LazyCache, str]:
+        """As `load_cache`, with the note that `cache.save` was given.
+
+        Args:
+            path: the file.
+            mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file
+                may be replaced or removed meanwhile, but must not be written to.
+        """
         try:
             contract = contract_of(self.model, known=self._contract)
         except AttachError:
             contract = self._contract  # read when the model was attached
-        return load_cache(path, self.config.cache, contract.decoder, contract.devices)
+        return load_cache(path, self.config.cache, contract.decoder, contract.devices, mapped=mapped)
 
     @contextmanager
     def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:
@@ -214,13 +222,56 @@ class LazyPipeline:
             ConfigError, UnsupportedModelError: when it has changed and no longer fits.
         """
         with turn_of(self.model):
-            contract = contract_of(self.model, known=self._contract)
-            if contract is not self._contract:
-                self._take(contract)
-            everyone = (*self.callbacks, *callbacks)
-            chunk, run = self.config.chunk, self._run
-            with attached(self.model, contract, self._selector, everyone, missing=missing, chunk=chunk, run=run):
+            self._refresh()
+            with self._attached(self._selector, callbacks, missing):
                 yield self.model
+
+    @contextmanager
+    def loading(self, depth: int | None = None) -> Iterator[tuple[PreTrainedModel, int]]:
+        """The model, taking every token through its first layers only, for documents that wait for a question.
+
+        Args:
+            depth: number of layers; None = as many as every question computes for all tokens, which is up to the
+                first layer after layer 0 before which the schedule cuts.
+
+        Yields:
+            The model, whose logits are NaN, and the number of layers.
+
+        Raises:
+            ConfigError: when the cache keeps no waiting tokens, or the model has fewer layers.
+            AttachError: when this thread has attached the model already.
+        """
+        with turn_of(self.model):
+            self._refresh()
+            depth = self._loaded_depth(depth)
+            with self._attached(DepthLimit(self._selector, depth), (), "nan"):
+                yield self.model, depth
+
+    def _loaded_depth(self, depth: int | None) -> int:
+        """How many layers load a document."""
+        layers = len(self._contract.layers)
+        if depth is None:
+            depth = min((layer for layer in self._selector.cut_layers if layer), default=layers)
+        if not 0 <= depth <= layers:
+            raise ConfigError(f"depth {depth} of {layers} layers: a document is loaded 0 to {layers} layers deep")
+        if depth < layers and not self.config.cache.revives:
+            raise ConfigError(
+                f"{type(self.config.cache).__name__} keeps no tokens that wait, so a document cannot be loaded "
+                f"{depth} of {layers} layers deep; use a cache that revives, such as AuxCache"
+            )
+        return depth
+
+    def _attached(
+        self, selector: Selector | DepthLimit, callbacks: Sequence[Callback], missing: Missing
+    ) -> AbstractContextManager[Any]:
+        everyone, chunk = (*self.callbacks, *callbacks), self.config.chunk
+        return attached(self.model, self._contract, selector, everyone, missing=missing, chunk=chunk, run=self._run)
+
+    def _refresh(self) -> None:
+        """Reads the model's contract anew where it has changed."""
+        contract = contract_of(self.model, known=self._contract)
+        if contract is not self._contract:
+            self._take(contract)
 
     def generate(
         self,
@@ -275,6 +326,48 @@ class LazyPipeline:
             callback.on_generate_end(GenerateEnd(tuple(results)))
         return results if many or len(results) > 1 else results[0]
 
+    # -- documents ---------------------------------------------------------------------------------
+
+    def load(
+        self,
+        texts: str | Sequence[str],
+        *,
+        layout: str = LAYOUT,
+        system: str | None = None,
+        depth: int | None = None,
+        start: int = 0,
+    ) -> Document:
+        """Documents that wait, a few layers deep, for questions that take deeper what they need.
+
+        Args:
+            texts: one text, or several in this order.
+            layout: the user's message, with `{documents}` before `{question}`.
+            system: a system message before it.
+            depth: how many layers compute the documents now, see `loading`.
+            start: position of the first token; above 0, a part to be joined behind another, without what the chat
+                template puts before it.
+
+        Raises:
+            InputError: for texts, a layout or a template that cannot be used, or more tokens than positions.
+            ConfigError: when the cache keeps no tokens that wait.
+        """
+        return load_document(self, texts, layout=layout, system=system, depth=depth, start=start)
+
+    def open(self, path: str | Path, *, mapped: bool = True) -> Document:
+        """The document that was saved to a file with `document.save`.
+
+        Args:
+            path: the file.
+            mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file
+                may be replaced or removed meanwhile, but must not be written to.
+
+        Raises:
+            CacheError: when there is no such file, it is damaged or was changed, or does not fit this pipeline.
+        """
+        return open_document(self, path, mapped=mapped)
+
+    # -- prompts -----------------------------------------------------------------------------------
+
     def encode(self, prompt: Prompt, *, query: Query | None = None) -> EncodedPrompt:
         """Token ids of one prompt, its protected ranges and its query, as `generate` would take them.
 
@@ -315,7 +408,7 @@ class LazyPipeline:
     def conversation(
         self,
         *,
-        documents: str | Sequence[str] | LoadedDocument = (),
+        documents: Documents = (),
         system: str | None = None,
         tools: Sequence[Any] = (),
         overflow: Overflow = "error",
@@ -323,7 +416,7 @@ class LazyPipeline:
         """A conversation in turns over one cache.
 
         Args:
-            documents: texts that come before the first question, or documents that were loaded.
+            documents: texts that come before the first question, or a loaded document, which is forked.
             system: the system message.
             tools: definitions of tools for the chat template, JSON schemas or functions.
             overflow: what a turn that finds the context full does: "error" refuses it, "slide" first lets go of the
@@ -367,6 +460,10 @@ class LazyPipeline:
         if len(queries) != len(prompts):
             raise InputError(f"{len(queries)} queries for {len(prompts)} prompts; give one for all, or one each")
         own = self.config.scorer.reads_query
+        if any(
+            isinstance(one, EncodedPrompt) and asked is not None for one, asked in zip(prompts, queries, strict=True)
+        ):
+            raise InputError("an encoded prompt has its query already; give it to pipe.encode, not to generate")
         return [
             encode(prompt, self.tokenizer, self.config.protect, own if asked is None else check_query(asked))
             for prompt, asked in zip(prompts, queries, strict=True)

@@ -194,28 +194,86 @@ def encode_chat_text(
     return _marked(_read(text, messages, tokenizer), protect, query)
 
 
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> EncodedPrompt:
+    """Tokenises a text as it stands, of which nothing is marked.
+
+    Args:
+        text: the text.
+        tokenizer: of the model.
+        special_tokens: whether the tokenizer adds those that begin a prompt.
+    """
+    token_ids, offsets = _token_ids(text, tokenizer, special_tokens=special_tokens)
+    return EncodedPrompt(token_ids, PromptMarks(), text, offsets)
+
+
+def join_encoded(pieces: Sequence[EncodedPrompt]) -> EncodedPrompt:
+    """Pieces of a text that were tokenised by themselves, one behind the other; nothing is marked."""
+    token_ids: list[int] = []
+    offsets: list[CharRange] = []
+    text = ""
+    for piece in pieces:
+        token_ids += piece.token_ids
+        offsets += [(start + len(text), stop + len(text)) for start, stop in piece.offsets]
+        text += piece.text or ""
+    return EncodedPrompt(token_ids, PromptMarks(), text, offsets)
+
+
+def mark(
+    prompt: EncodedPrompt,
+    protect: Protect,
+    query: Query | None,
+    *,
+    system: Sequence[CharRange] = (),
+    user: CharRange | None = None,
+) -> EncodedPrompt:
+    """The prompt with its protected spans and its query found anew.
+
+    Args:
+        prompt: a text and its tokens.
+        protect: what is protected.
+        query: what is asked.
+        system: characters of the system messages.
+        user: characters of the last user turn, None outside of chats.
+
+    Raises:
+        InputError: for an absent span or query.
+    """
+    return _marked(_Text(prompt.text, prompt.token_ids, list(prompt.offsets), tuple(system), user), protect, query)
+
+
 def encode_turn(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     protect: Protect,
     query: Query | None,
     *,
-    said: str,
+    blank: Sequence[Message],
     tools: Sequence[Any] = (),
+    pieces: Sequence[str] = (),
 ) -> EncodedPrompt:
-    """Tokenises a conversation whose last message ends in `said`; what a user says there is where the query is sought.
+    """Tokenises a conversation; what a user says last is where the query is sought.
 
-    Tool definitions count as a system message. They and `said` are found by rendering the conversation without them.
+    Tool definitions count as a system message. They, and what is said last, are found by rendering the conversation
+    without them.
+
+    Args:
+        messages: the conversation.
+        tokenizer, protect, query: as for every prompt.
+        blank: the conversation with a `PLACEHOLDER` for what is said last.
+        tools: definitions of tools.
+        pieces: texts to be tokenised by themselves where the conversation begins with them.
 
     Raises:
         InputError: when there is no template, or it fails; for an absent span or query.
     """
     text = render(messages, tokenizer, tools)
     known = _read(text, messages, tokenizer)
+    if pieces and text.startswith(head := "".join(pieces)):
+        parts = [encode_text(part, tokenizer, special_tokens=False) for part in (*pieces, text[len(head) :])]
+        joined = join_encoded(parts)
+        known = replace(known, token_ids=joined.token_ids, offsets=list(joined.offsets))
     if messages[-1]["role"] == "user":
-        rest = str(messages[-1]["content"]).removesuffix(said)
-        other = [*messages[:-1], {**messages[-1], "content": rest + PLACEHOLDER}]
-        known = replace(known, user=added(text, render(other, tokenizer, tools)))
+        known = replace(known, user=added(text, render(blank, tokenizer, tools)))
     if tools:
         known = replace(known, system=(*known.system, added(text, render(messages, tokenizer))))
     return _marked(known, protect, query)
@@ -283,10 +341,18 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tool
 
 def _read(text: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> _Text:
     """A text, tokenised; the template that made it of `messages`, if any, has put the special tokens in."""
-    with_offsets = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(text, add_special_tokens=not messages, return_offsets_mapping=with_offsets, verbose=False)
+    token_ids, offsets = _token_ids(text, tokenizer, special_tokens=not messages)
     system, user = _turns(text, messages)
-    return _Text(text, encoded["input_ids"], encoded["offset_mapping"] if with_offsets else [], system, user)
+    return _Text(text, token_ids, offsets, system, user)
+
+
+def _token_ids(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool
+) -> tuple[list[int], list[CharRange]]:
+    """Tokens of a text, and the characters of each, if the tokenizer tells."""
+    with_offsets = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=with_offsets, verbose=False)
+    return encoded["input_ids"], encoded["offset_mapping"] if with_offsets else []
 
 
 def _turns(text: str, messages: Sequence[Message]) -> tuple[tuple[CharRange, ...], CharRange | None]:

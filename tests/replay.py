@@ -133,6 +133,8 @@ def replay(
         mask = torch.eye(length, dtype=torch.bool)
         before = latest.clone()
         for number, step in enumerate(steps):
+            if layer >= len(step):  # all tokens wait
+                continue
             trace = step[layer].rows[row]
             latest[trace.computed] = number
             for token in trace.computed.tolist():
@@ -159,7 +161,8 @@ def arrivals(steps: Sequence[Sequence[LayerEnd]], row: int, length: int) -> Tens
     """[t] the step that brought each token: the last one whose new tokens began at it or before."""
     brought = torch.zeros(length, dtype=torch.long)
     for number, step in enumerate(steps):
-        brought[step[0].rows[row].first_new :] = number
+        if step:
+            brought[step[0].rows[row].first_new :] = number
     return brought
 
 

@@ -140,3 +140,16 @@ def test_between_the_steps_of_a_generation_it_may_be(action: str, tmp_path):
     pipe.generate(random_ids(1, 9)[0], past_key_values=cache, max_new_tokens=3, eos_token_id=-1, do_sample=False)
     taken = made if action == "fork" else [pipe.load_cache(path) for path in made]
     assert [one.columns for one in taken] == [9, 10, 11]
+
+
+@pytest.mark.parametrize("modes", [(True, False, True, False), (False, True, False, True)])
+def test_steps_may_run_in_and_out_of_inference_mode(modes):
+    """Tensors made in inference mode must not be written to outside of it."""
+    history, plain = (new_history(tiny_model(), **REVIVING) for _ in range(2))
+    for number, inference in enumerate(modes):
+        ids = random_ids(2, (14, 5, 1, 6)[number], number)
+        with torch.inference_mode(inference):
+            got = history.step(ids)
+        assert torch.equal(got.nan_to_num(7), plain.step(ids).nan_to_num(7))
+    history.cache.crop(-3)
+    assert_replays(plain)

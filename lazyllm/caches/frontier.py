@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lazyllm.indexing import is_writable
+
 
 class FrontierStore:
     """One hidden state per token with depth < L: the output of its last computed layer (law 3).
@@ -55,7 +57,7 @@ class FrontierStore:
         if before is None or self._like is None:
             self._like = states.new_empty(0, states.shape[-1])
             self._packed = self.room(needed, self.pack(self._like))
-        elif needed > before.shape[0] or not self._is_own:
+        elif needed > before.shape[0] or not self._is_own or not is_writable(before):
             slots = before.shape[0] if needed <= before.shape[0] else max(needed, before.shape[0] * 3 // 2)
             self._packed = self.room(slots, self.pack(self._like))
             self._packed[:held] = before[:held]
@@ -107,11 +109,23 @@ class FrontierStore:
             return {}
         return {"tokens": self.tokens, "packed": self._read(self.tokens), "like": self._like}
 
-    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Takes up what another store's `state` gave; this one must be empty. States are read on `device`."""
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device | None, behind: int = 0) -> None:
+        """Takes up what another store's `state` gave; its tokens come behind `behind` others.
+
+        States are read on `device`, None = where they are.
+        """
         if state:
-            self.reserve(state["tokens"], state["like"].to(device))
-            self._put(state["tokens"], state["packed"])
+            tokens, like = state["tokens"] + behind, state["like"].to(device=device)
+            if self._packed is None and (packed := self.adopted(state["packed"], like)) is not None:
+                self._packed, self._like, self._is_own = packed, like, False
+                self._slot = {token: slot for slot, token in enumerate(tokens.tolist())}
+                return
+            self.reserve(tokens, like)
+            self._put(tokens, state["packed"])
+
+    def adopted(self, packed: Tensor, like: Tensor) -> Tensor | None:
+        """What stands in for states of its own until it writes, without a copy where that can be; None = copy them."""
+        return packed.to(like.device)
 
     @property
     def used_bytes(self) -> int:

@@ -223,6 +223,32 @@ class LazyCache(Cache):
         twin._decoder = self._decoder
         return twin
 
+    def join(self, other: LazyCache, *, moved: int = 0) -> LazyCache:
+        """A cache that holds the tokens of this one and those of `other` behind them; both stay as they are.
+
+        The tokens of either were computed without those of the other, and keep their positions.
+
+        Args:
+            other: of the same model and policy.
+            moved: added to the positions of its tokens, which works while no layer has computed any of them.
+
+        Raises:
+            CacheError: when they do not fit, or positions of `other` do not come behind all of this one's.
+        """
+        other._refuse_mid_step()
+        twin = self.fork()
+        if self._decoder is None or other._decoder is None or self._decoder() is not other._decoder():
+            raise CacheError("two caches can be joined when one model has filled both")
+        if self.policy != other.policy or len(self.rows) != len(other.rows):
+            raise CacheError(
+                f"caches to be joined need the same policy and number of rows, got {self.policy} with "
+                f"{len(self.rows)} and {other.policy} with {len(other.rows)}"
+            )
+        for row, more in zip(twin.rows, other.rows, strict=True):
+            row.join(more, columns=self.columns, moved=moved)
+        twin.columns += other.columns
+        return twin
+
     def save(self, path: str | Path, *, note: str = "") -> Path:
         """Writes the cache to one file in the safetensors format, which `pipe.load_cache` reads.
 

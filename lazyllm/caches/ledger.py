@@ -121,7 +121,11 @@ class Ledger:
         """Its tensors by name, for a file."""
         return {"depth": self.depth, "position": self.position, "column": self.column, "token_id": self.token_id}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what another ledger's `state` gave; this one must be empty."""
-        self.append(state["position"], state["column"], state["token_id"])
-        self.restore(state["depth"])
+    def load_state(self, state: Mapping[str, Tensor], *, columns: int = 0, moved: int = 0) -> None:
+        """Takes up what another ledger's `state` gave, behind its own tokens.
+
+        `columns` and `moved` are added to the columns and to the positions.
+        """
+        depth = torch.cat([self.depth, state["depth"]])
+        self.append(state["position"] + moved, state["column"] + columns, state["token_id"])
+        self.restore(depth)

@@ -65,7 +65,7 @@ class StateMemory:
         """Its tensors by name, for a file; none when it is empty."""
         return {"tokens": self._tokens.read(), "states": self._states.read()} if len(self) else {}
 
-    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Takes up what another memory's `state` gave; this one must be empty."""
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device | None, behind: int = 0) -> None:
+        """Takes up what another memory's `state` gave; its tokens come behind `behind` others."""
         if state:
-            self.append(state["tokens"], state["states"].to(device))
+            self.append(state["tokens"] + behind, state["states"].to(device=device))

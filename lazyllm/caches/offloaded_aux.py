@@ -39,6 +39,10 @@ class OffloadedFrontier(FrontierStore):
             return mapped_file(slots, like, self.folder)
         return torch.empty(slots, like.shape[-1], dtype=like.dtype, pin_memory=like.is_cuda)
 
+    def adopted(self, packed: Tensor, like: Tensor) -> Tensor | None:
+        """None: states are kept in memory of its own."""
+        return None
+
     def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
         """States [a, c] on the device of `like`."""
         if like.is_cuda:

@@ -47,11 +47,11 @@ class QuantizedStore(KeyValueStore):
             state["like_keys"], state["like_values"] = self._like
         return state
 
-    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Takes up what another store's `state` gave; this one must be empty."""
-        super().load_state(state, device)
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device | None, behind: int = 0) -> None:
+        """Takes up what another store's `state` gave; its tokens come behind `behind` others."""
+        super().load_state(state, device, behind)
         if state:
-            self._like = state["like_keys"].to(device), state["like_values"].to(device)
+            self._like = state["like_keys"].to(device=device), state["like_values"].to(device=device)
 
 
 def _empty(numbers: Tensor) -> Tensor:

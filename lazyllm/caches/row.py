@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from lazyllm.caches.ledger import Ledger
 from lazyllm.caches.memory import StateMemory
 from lazyllm.caches.policy import CachePolicy
+from lazyllm.errors import CacheError
 from lazyllm.policies.protect import no_tokens
 from lazyllm.policies.query import TokenRange, Unit
 
@@ -155,6 +156,34 @@ class Row:
         self.reply_start = min(self.reply_start, tokens)
         self.last_output = None
 
+    def join(self, other: Row, *, columns: int, moved: int) -> None:
+        """Takes up the tokens of `other` behind its own.
+
+        Args:
+            other: another row of the same model and policy, which stays as it is.
+            columns: added to the columns of its tokens.
+            moved: added to their positions.
+
+        Raises:
+            CacheError: when they would not stand behind its own, or are moved after a layer has computed them.
+        """
+        if not len(other.ledger):
+            return
+        last = int(self.ledger.position[-1]) if len(self.ledger) else -1
+        first = int(other.ledger.position[0])
+        if moved and other.ledger.at_depth[0] < len(other.ledger):
+            raise CacheError(
+                f"tokens at positions {first} to {int(other.ledger.position[-1])} cannot be moved by {moved}: layers "
+                "have computed some of them there"
+            )
+        if first + moved <= last:
+            raise CacheError(
+                f"tokens that begin at position {first + moved} cannot be joined to others that end at {last}"
+            )
+        self.load_state(other.state(), None, columns=columns, moved=moved)
+        self.retreated += other.retreated
+        self.reply_start = len(self.ledger)
+
     def copy(self) -> Row:
         """An independent copy; both share their tensors until one of them writes."""
         twin: Row = object.__new__(Row)
@@ -183,32 +212,39 @@ class Row:
             parts["row"]["last_output"] = self.last_output
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
-    def load_state(self, state: Mapping[str, Tensor], devices: Sequence[torch.device]) -> None:
-        """Takes up what another row's `state` gave; this one must be empty.
+    def load_state(
+        self, state: Mapping[str, Tensor], devices: Sequence[torch.device] | None, *, columns: int = 0, moved: int = 0
+    ) -> None:
+        """Takes up what another row's `state` gave, behind its own tokens.
 
         Args:
-            state: tensors by name, on the host.
-            devices: by layer, where it runs.
+            state: tensors by name.
+            devices: by layer, where it runs; None = the tensors are there.
+            columns: added to the columns of the tokens.
+            moved: added to their positions.
         """
+        behind = len(self.ledger)
+        places: Sequence[torch.device | None] = devices or [None] * len(self.stores)
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in state.items():
             part, _, name = key.partition(".")
             parts[part][name] = tensor
-        self.ledger.load_state(parts["ledger"])
-        self.frontier.load_state(parts["frontier"], devices[0])
+        self.ledger.load_state(parts["ledger"], columns=columns, moved=moved)
+        self.frontier.load_state(parts["frontier"], places[0], behind)
         for layer, store in enumerate(self.stores):
-            store.load_state(parts[f"layer{layer}"], devices[layer])
+            store.load_state(parts[f"layer{layer}"], places[layer], behind)
         for part, tensors in parts.items():
             if part.startswith("memory"):
                 layer = int(part.removeprefix("memory"))
-                self.memory(layer).load_state(tensors, devices[max(layer, 0)])
-        self.origins.load_state(parts["origins"], devices[0])
+                self.memory(layer).load_state(tensors, places[max(layer, 0)], behind)
+        self.origins.load_state(parts["origins"], places[0], behind)
         for key, tally in parts["tallies"].items():
             use, _, at = key.rpartition(".")
-            self.tallies[use, int(at)] = tally
-        self.last_used = parts["row"]["last_used"]
+            self.tallies[use, int(at)] = torch.cat([_filled(self.tallies.get((use, int(at))), behind, tally), tally])
+        used = parts["row"]["last_used"]
+        self.last_used = torch.cat([_filled(self.last_used, behind if used.numel() else 0, used), used])
         if "last_output" in parts["row"]:
-            self.last_output = parts["row"]["last_output"].to(devices[-1])
+            self.last_output = parts["row"]["last_output"].to(device=places[-1])
 
     @property
     def key_value_bytes(self) -> int:
@@ -225,6 +261,12 @@ class Row:
     def offloaded_bytes(self) -> int:
         """How many of these bytes are not on the model's device."""
         return self.frontier.offloaded_bytes
+
+
+def _filled(amounts: Tensor | None, tokens: int, like: Tensor) -> Tensor:
+    """Amounts [t] of the first tokens, 0 where there are none, up to `tokens` of them."""
+    known = like.new_zeros(0) if amounts is None else amounts
+    return pad(known, (0, max(tokens - known.numel(), 0)))
 
 
 def token_counts(tokens: list[Tensor]) -> list[int]:

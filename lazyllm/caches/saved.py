@@ -132,7 +132,12 @@ def _place(marks: PromptMarks, known: list[PromptMarks]) -> int:
 
 
 def load_cache(
-    path: str | Path, policy: CachePolicy, decoder: nn.Module, devices: Sequence[torch.device]
+    path: str | Path,
+    policy: CachePolicy,
+    decoder: nn.Module,
+    devices: Sequence[torch.device],
+    *,
+    mapped: bool = False,
 ) -> tuple[LazyCache, str]:
     """The cache that `save_cache` wrote to `path`, and its note.
 
@@ -141,12 +146,14 @@ def load_cache(
         policy: the cache policy it must have been filled by.
         decoder: the decoder it must have been filled by.
         devices: by layer, where its K/V are put.
+        mapped: leave what stays on the CPU in the file, from which the system reads it as it is needed. The file may
+            be replaced or removed meanwhile, but must not be written to.
 
     Raises:
         CacheError: when there is no such file, it is damaged or changed, or of another version, model or policy.
     """
     path = Path(path)
-    said, tensors = _read(path)
+    said, tensors = _read(path, mapped)
     if said.policy != CACHES.describe(policy):
         raise CacheError(
             f"{str(path)!r} was filled by the cache policy {said.policy}, this pipeline has {CACHES.describe(policy)}"
@@ -171,7 +178,7 @@ def load_cache(
     return cache, said.note
 
 
-def _read(path: Path) -> tuple[SavedCache, dict[str, Tensor]]:
+def _read(path: Path, mapped: bool) -> tuple[SavedCache, dict[str, Tensor]]:
     """Document and tensors of a file, checked against its digest."""
     if not path.is_file():
         raise CacheError(f"there is no saved cache {str(path)!r}")
@@ -182,8 +189,8 @@ def _read(path: Path) -> tuple[SavedCache, dict[str, Tensor]]:
                 raise CacheError(f"{str(path)!r} is a safetensors file, but not one that a cache was saved to")
             document = str(metadata[DOCUMENT])
             _check_version(path, document)
-            # Read for good: what a file on the disk becomes later must not change the cache.
-            tensors = {name: file.get_tensor(name).clone() for name in file.offset_keys()}
+            # Unless asked for, read for good: what a file on the disk becomes later must not change the cache.
+            tensors = {name: _tensor(file, name, mapped) for name in file.offset_keys()}
     except (OSError, SafetensorError) as error:
         raise CacheError(f"{str(path)!r} cannot be read as a whole safetensors file: {error}") from error
     if metadata.get(DIGEST) != (digest := _digest(document, tensors)):
@@ -194,6 +201,11 @@ def _read(path: Path) -> tuple[SavedCache, dict[str, Tensor]]:
         return SavedCache.model_validate_json(document), tensors
     except ValidationError as error:
         raise CacheError(f"{str(path)!r} cannot be understood: {explain(error, SavedCache)}") from None
+
+
+def _tensor(file: Any, name: str, mapped: bool) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    return tensor if mapped else tensor.clone()
 
 
 def _check_version(path: Path, document: str) -> None:

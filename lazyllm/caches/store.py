@@ -92,10 +92,10 @@ class KeyValueStore:
             return {}
         return {"tokens": self.tokens, "keys": self._keys.read(), "values": self._values.read()}
 
-    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Takes up what another store's `state` gave; this one must be empty."""
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device | None, behind: int = 0) -> None:
+        """Takes up what another store's `state` gave; its tokens come behind `behind` others."""
         if state:
-            self._append(state["tokens"], state["keys"].to(device), state["values"].to(device))
+            self._append(state["tokens"] + behind, state["keys"].to(device=device), state["values"].to(device=device))
 
     @property
     def used_bytes(self) -> int:

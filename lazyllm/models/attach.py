@@ -19,6 +19,7 @@ from lazyllm.models.attention import ATTENTION_NAME
 from lazyllm.models.families import DecoderContract, contract_of, try_layers
 from lazyllm.models.layers import RunLayer, run_layer
 from lazyllm.models.stack import LazyStack, Missing
+from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.select import Selector
 
 
@@ -26,7 +27,7 @@ from lazyllm.policies.select import Selector
 def attached(
     model: PreTrainedModel,
     contract: DecoderContract,
-    selector: Selector,
+    selector: Selector | DepthLimit,
     callbacks: Sequence[Callback] = (),
     *,
     missing: Missing = "error",

@@ -20,6 +20,7 @@ from lazyllm.models.attention import AttentionPlan, Captured, Peeked, RowPlan
 from lazyllm.models.families import DecoderContract
 from lazyllm.models.layers import Packed, RunLayer, noting_updates, run_layer
 from lazyllm.models.masks import RowMasks
+from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.scoring import Readings
 from lazyllm.policies.select import Selector
 
@@ -41,7 +42,7 @@ class LazyStack(nn.Module):
     def __init__(
         self,
         contract: DecoderContract,
-        selector: Selector,
+        selector: Selector | DepthLimit,
         callbacks: Sequence[Callback] = (),
         missing: Missing = "error",
         chunk: int = sys.maxsize,
@@ -86,6 +87,8 @@ class LazyStack(nn.Module):
             for i, layer in enumerate(self.layers):
                 flight, todo = step.flight, step.todo(visible, i)  # visible tokens whose depth is i (law 2)
                 hidden = self.contract.to_layer(step.pending(todo), i)  # in flight, or revived from the Aux Cache
+                if not any(tokens.numel() for tokens in visible):
+                    break  # all of them wait for a later step
                 if rope is None or todo is not flight:
                     rope = self.contract.rope(hidden, positions := step.positions())
                 view = step.view(i, visible)

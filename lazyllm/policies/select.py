@@ -71,7 +71,7 @@ class Selector:
         return Captured(updates=[] if self.scorer.needs_update else None)
 
     def _will_read(self, step: Step, layer: int, visible: list[Tensor]) -> bool:
-        if self._scoring.watches and layer + 1 in self.cut_layers:
+        if self.watches(layer):
             return True
         reached = range(layer + 1, layer + 1 + self.reads_layers)
         return any(
@@ -90,9 +90,8 @@ class Selector:
             return visible
         states = step.states[0].split([tokens.numel() for tokens in step.flight])
         chosen = []
+        self.remember(step, layer, readings)
         for index, tokens in enumerate(visible):
-            if layer + 1 in self.cut_layers and step.cache.policy.prunes:
-                self._scoring.note(step, index, layer, states[index], readings)
             keep = self._cut(step, index, layer + 1, tokens)
             if not revives or (keep is None and bounded):
                 tokens = step.without_stopped(index, layer + 1, tokens)
@@ -100,6 +99,17 @@ class Selector:
                 tokens = self._top(step, index, layer, tokens, states[index], readings, keep)
             chosen.append(tokens)
         return chosen
+
+    def remember(self, step: Step, layer: int, readings: Readings) -> None:
+        """Keeps what the scorer will look back on where tokens are chosen after `layer`, now or in a later step."""
+        if layer + 1 in self.cut_layers and step.cache.policy.prunes:
+            states = step.states[0].split([tokens.numel() for tokens in step.flight])
+            for index, own in enumerate(states):
+                self._scoring.note(step, index, layer, own, readings)
+
+    def watches(self, layer: int) -> bool:
+        """Whether the scorer must see what `layer` does, also where no token is chosen after it."""
+        return self._scoring.watches and layer + 1 in self.cut_layers
 
     def _evictor(self, step: Step) -> Evictor | None:
         """What the step's cache asks for; None when nothing is ever evicted."""
