@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,9 @@ from lazyllm.conversation import Conversation, Turn
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.prompts import decode_text
 from lazyllm.terminal import LiveLine, Wrapped, piped, printable, typed
+
+if TYPE_CHECKING:
+    from lazyllm.pipeline import LazyPipeline
 
 COMMANDS = {
     "undo": ("", "takes the last turn back"),
@@ -80,6 +83,14 @@ def _file(path: Path, name: Path | None = None) -> NamedText:
     except OSError as error:
         raise InputError(f"cannot read the document {str(path)!r}: {error.strerror}") from None
     return NamedText(str(name or path.name), decode_text(data, f"the document {str(path)!r}").strip())
+
+
+def loaded_documents(pipe: LazyPipeline, texts: Sequence[NamedText], system: str | None) -> dict[str, Any]:
+    """Options of `pipe.conversation`: texts as a document that is loaded now, where the cache lets tokens wait."""
+    titled = [text.titled for text in texts]
+    if titled and pipe.config.cache.revives:
+        return {"documents": pipe.load(titled, system=system)}
+    return {"documents": titled, "system": system}
 
 
 # -- the loop ----------------------------------------------------------------------------------------

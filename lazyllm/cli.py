@@ -339,7 +339,7 @@ def chat_with(
     slide: Annotated[bool, typer.Option(help="Let go of the oldest turns when the context is full.")] = True,
 ) -> None:
     """Talks about documents: questions from the keyboard or a pipe, replies on stdout as they come."""
-    from lazyllm.chat import Chat, read_documents, run_chat
+    from lazyllm.chat import Chat, loaded_documents, read_documents, run_chat
 
     config = _config(preset, scorer, schedule, cache, sinks, recent)
     options = {"max_new_tokens": max_new_tokens, **_decoding(sample, temperature, seed)}
@@ -354,8 +354,9 @@ def chat_with(
     if load is not None:
         chat = pipe.load_conversation(load)
     else:
-        documents = [text.titled for text in texts]
-        chat = pipe.conversation(documents=documents, system=system, overflow="slide" if slide else "error")
+        with Console(stderr=True).status("reading the documents"):
+            documents = loaded_documents(pipe, texts, system)
+        chat = pipe.conversation(**documents, overflow="slide" if slide else "error")
     run_chat(Chat(chat, documents=texts, options=options))
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from transformers.utils import get_json_schema
 
 from lazyllm.caches.lazy_cache import LazyCache
-from lazyllm.documents import Document
+from lazyllm.documents import SEPARATOR, Document
 from lazyllm.errors import CacheError, InputError
 from lazyllm.generation import Options
 from lazyllm.policies.query import Query, check_query
 from lazyllm.prefixes import take_up
-from lazyllm.prompts import EncodedPrompt, Message, check_not_blank, encode_turn
+from lazyllm.prompts import PLACEHOLDER, EncodedPrompt, Message, check_not_blank, encode_turn
 from lazyllm.result import GenerationResult, GenerationStats
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ Overflow = Literal["error", "slide"]
 
 NEW_TOKENS = 256
 """The longest reply, unless asked otherwise."""
-SEPARATOR = "\n\n"
-"""What stands behind each document."""
+Documents = str | Document | Sequence[str | Document]
+"""Texts, or documents that were loaded."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,46 @@ class Opening:
     """What a conversation begins with.
 
     Attributes:
-        before: messages before the first question's, a system message if any.
-        documents: text at the start of the first question's message.
+        system: the system message, if any.
+        documents: text before the first question, in its message.
+        behind: text behind it.
+        pieces: how the prompt begins where documents were loaded, in parts that were tokenised by themselves.
         tools: definitions of tools, as JSON schemas.
     """
 
-    before: tuple[dict[str, Any], ...] = ()
+    system: str | None = None
     documents: str = ""
+    behind: str = ""
+    pieces: tuple[str, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, documents: Sequence[str], system: str | None) -> Opening:
+        """That of a conversation about texts.
+
+        Raises:
+            InputError: when one is blank or no text.
+        """
+        for number, text in enumerate(documents):
+            if not isinstance(text, str):
+                raise InputError(f"document {number} is of type {type(text).__name__}, not a text: {repr(text)[:80]}")
+            check_not_blank(text, f"document {number}")
+        if system is not None:
+            check_not_blank(system, "the system message")
+        return cls(system, "".join(text.strip() + SEPARATOR for text in documents))
+
+    @classmethod
+    def of_loaded(cls, document: Document) -> Opening:
+        """That of a conversation whose rendering begins with what the document's cache holds."""
+        frame = document.frame
+        before, _, behind = frame.content(document.documents, PLACEHOLDER).partition(PLACEHOLDER)
+        return cls(frame.system, before, behind, tuple(str(piece.text) for piece in document.pieces))
 
     def messages(self, said: Sequence[Message]) -> list[dict[str, Any]]:
         """A chat that goes on with what was `said`."""
-        first, rest = said[:1], said[1:]
-        opened = [{**message, "content": f"{self.documents}{message['content']}"} for message in first]
-        return [*map(dict, self.before), *opened, *map(dict, rest)]
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        opened = [{**message, "content": f"{self.documents}{message['content']}{self.behind}"} for message in said[:1]]
+        return [*system, *opened, *map(dict, said[1:])]
 
 
 @dataclass(frozen=True)
@@ -148,11 +174,17 @@ class Conversation:
             raise InputError(f"overflow is 'error' or 'slide', not {overflow!r}")
         self.overflow = overflow
         self._pipe, self._busy = pipe, threading.Lock()
-        loaded, texts = _sorted_out(documents)
-        if loaded is None:
-            opening, cache = _opened(texts, system), pipe.bound_cache()
+        given = list(documents) if isinstance(documents, (list, tuple)) else [documents]
+        loaded = [document for document in given if isinstance(document, Document)]
+        if loaded and (len(given) > 1 or system is not None):
+            raise InputError(
+                "a loaded document opens a conversation by itself, with the system message it was loaded with; "
+                "join() several, or give texts"
+            )
+        if loaded:
+            opening, cache = Opening.of_loaded(loaded[0]), loaded[0].cache.fork()
         else:
-            opening, cache = _taken_up(loaded, system), loaded.cache.fork()
+            opening, cache = Opening.of(cast(list[str], given), system), pipe.bound_cache()
         self._opening, self._state = replace(opening, tools=tuple(map(_schema, tools))), _State(cache)
 
     @classmethod
@@ -290,19 +322,20 @@ class Conversation:
         Raises:
             InputError: when it does not fit.
         """
-        longest = self._pipe.max_positions
+        longest, skipped = self._pipe.max_positions, _skipped_positions(self._state.cache)
         encoded = None
         for left_out in self._choices(asked):
-            encoded = self._encode(self._messages(left_out, asked), asked["content"], query)
-            if longest is None or len(encoded.token_ids) + new_tokens <= longest:
+            encoded = self._encode(left_out, asked, query)
+            if longest is None or skipped + len(encoded.token_ids) + new_tokens <= longest:
                 return left_out, encoded
         if encoded is None:
             raise InputError(f"a conversation begins with a user's message, not with one of role {asked['role']!r}")
         slides = self.overflow == "slide"
         hint = "" if slides else "; overflow='slide' would let go of the oldest turns"
         raise InputError(
-            f"the context is full: with this question{' alone' * slides} the conversation has {len(encoded.token_ids)} "
-            f"tokens, the reply may take max_new_tokens={new_tokens}, and the model has positions for {longest}{hint}"
+            f"the context is full: with this question{' alone' * slides} the conversation has "
+            f"{skipped + len(encoded.token_ids)} tokens, the reply may take max_new_tokens={new_tokens}, and the model "
+            f"has positions for {longest}{hint}"
         )
 
     def _choices(self, asked: Message) -> list[int]:
@@ -316,11 +349,16 @@ class Conversation:
         said = [message for turn in self.turns[left_out:] for message in (turn.asked, turn.reply)]
         return self._opening.messages([*said, *asked])
 
-    def _encode(self, messages: Sequence[Message], said: str, query: Query) -> EncodedPrompt:
-        pipe = self._pipe
-        protect = pipe.config.protect.model_copy(update={"system": True})
-        tokenizer = cast(Any, pipe.tokenizer)
-        return encode_turn(messages, tokenizer, protect, query, said=said, tools=self._opening.tools)
+    def _encode(self, left_out: int, asked: dict[str, Any], query: Query) -> EncodedPrompt:
+        return encode_turn(
+            self._messages(left_out, asked),
+            cast(Any, self._pipe.tokenizer),
+            self._pipe.config.protect.model_copy(update={"system": True}),
+            query,
+            blank=self._messages(left_out, {**asked, "content": PLACEHOLDER}),
+            tools=self._opening.tools,
+            pieces=self._opening.pieces,
+        )
 
     def _answer(self, question: _Question, **options: Any) -> GenerationResult:
         made = self._pipe.generate(
@@ -337,37 +375,18 @@ class Conversation:
             self._busy.release()
 
 
+def _skipped_positions(cache: LazyCache) -> int:
+    """Positions that no token has, between documents that were loaded apart."""
+    ledger = cache.rows[0].ledger if cache.rows else None
+    return int(ledger.position[-1]) + 1 - len(ledger) if ledger is not None and len(ledger) else 0
+
+
 def _message(text: str | Message) -> dict[str, Any]:
     """The message that asks, without surrounding space."""
     asked = {"role": "user", "content": text} if isinstance(text, str) else dict(text)
     if "role" not in asked or not isinstance(asked.get("content"), str):
         raise InputError(f"a message has a role and a content that is a text, got {asked!r}")
     return {**asked, "content": check_not_blank(asked["content"], "the question").strip()}
-
-
-def _sorted_out(documents: Documents) -> tuple[Document | None, list[Any]]:
-    """The document that was loaded, several of them joined; else the texts."""
-    given: list[Any] = [documents] if isinstance(documents, (str, Document)) else list(documents)
-    if given and all(isinstance(document, Document) for document in given):
-        return given[0].join(*given[1:]), []
-    return None, given
-
-
-def _opened(texts: Sequence[str], system: str | None) -> Opening:
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"document {number} is of type {type(text).__name__}, not a text: {repr(text)[:80]}")
-        check_not_blank(text, f"document {number}")
-    before = () if system is None else ({"role": "system", "content": check_not_blank(system, "the system message")},)
-    return Opening(before, "".join(text.strip() + SEPARATOR for text in texts))
-
-
-def _taken_up(loaded: Document, system: str | None) -> Opening:
-    """The opening whose rendering begins with what the cache of loaded documents holds."""
-    if system is not None:
-        raise InputError("documents that were loaded have their system message already; load them with it")
-    *before, last = map(dict, loaded.messages)
-    return Opening(tuple(before), last["content"])
 
 
 def _schema(tool: Mapping[str, Any] | Callable[..., Any]) -> dict[str, Any]:

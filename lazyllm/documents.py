@@ -175,26 +175,6 @@ class Document:
         """Answers a question in the background and yields text as it comes; as `ask` otherwise."""
         return self.pipe.stream_of(partial(self.ask, question), options)
 
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """The chat up to where a question stands, for a conversation that begins with the documents.
-
-        Raises:
-            InputError: without a chat template, or when the layout has text behind the question.
-        """
-        if not self.frame.chat or not self.frame.layout.endswith(_QUESTION):
-            raise InputError(
-                "a conversation about a document needs a chat template, and a layout that ends with the question, "
-                f"not {self.frame.layout!r}"
-            )
-        return self.frame.messages(self._documents, "")
-
-    @property
-    def _documents(self) -> str:
-        """The text of the documents alone."""
-        head = self.frame.head(_SAMPLE, _tokenizer(self.pipe)).removesuffix(_SAMPLE)
-        return self.text.removeprefix(head)
-
     def prompt(self, question: str, *, query: Query | None = None) -> EncodedPrompt:
         """The whole prompt that asks a question, for `pipe.generate`; it begins with the tokens held.
 
@@ -241,6 +221,12 @@ class Document:
     def text(self) -> str:
         """All of its text, what the template puts before the documents included."""
         return str(self._held.text)
+
+    @property
+    def documents(self) -> str:
+        """The documents alone, without what the template and the layout put before them."""
+        before = self.frame.head(_SAMPLE, _tokenizer(self.pipe)).removesuffix(_SAMPLE)
+        return self.text[len(before) :]
 
     @property
     def end(self) -> int:

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -229,8 +229,10 @@ class LazyPipeline:
             AttachError: when this thread has attached the model already.
             ConfigError, UnsupportedModelError: when it has changed and no longer fits.
         """
-        with self._attached(self._selector, callbacks, missing):
-            yield self.model
+        with turn_of(self.model):
+            self._refresh()
+            with self._attached(self._selector, callbacks, missing):
+                yield self.model
 
     @contextmanager
     def loading(
@@ -250,6 +252,14 @@ class LazyPipeline:
             ConfigError: when the cache keeps no waiting tokens, or the model has fewer layers.
             AttachError: when this thread has attached the model already.
         """
+        with turn_of(self.model):
+            self._refresh()
+            depth = self._loaded_depth(depth)
+            with self._attached(DepthLimit(self._selector, depth), callbacks, "nan"):
+                yield self.model, depth
+
+    def _loaded_depth(self, depth: int | None) -> int:
+        """How many layers load a document."""
         layers = len(self._contract.layers)
         if depth is None:
             depth = min((layer for layer in self._selector.cut_layers if layer), default=layers)
@@ -260,21 +270,19 @@ class LazyPipeline:
                 f"{type(self.config.cache).__name__} keeps no tokens that wait, so a document cannot be loaded "
                 f"{depth} of {layers} layers deep; use a cache that revives, such as AuxCache"
             )
-        with self._attached(DepthLimit(self._selector, depth), callbacks, "nan"):
-            yield self.model, depth
+        return depth
 
-    @contextmanager
     def _attached(
         self, selector: Selector | DepthLimit, callbacks: Sequence[Callback], missing: Missing
-    ) -> Iterator[None]:
-        with turn_of(self.model):
-            contract = contract_of(self.model, known=self._contract)
-            if contract is not self._contract:
-                self._take(contract)
-            everyone = (*self.callbacks, *callbacks)
-            chunk, run = self.config.chunk, self._run
-            with attached(self.model, contract, selector, everyone, missing=missing, chunk=chunk, run=run):
-                yield
+    ) -> AbstractContextManager[Any]:
+        everyone, chunk = (*self.callbacks, *callbacks), self.config.chunk
+        return attached(self.model, self._contract, selector, everyone, missing=missing, chunk=chunk, run=self._run)
+
+    def _refresh(self) -> None:
+        """Reads the model's contract anew where it has changed."""
+        contract = contract_of(self.model, known=self._contract)
+        if contract is not self._contract:
+            self._take(contract)
 
     def generate(
         self,
@@ -483,7 +491,7 @@ class LazyPipeline:
         """A conversation in turns over one cache.
 
         Args:
-            documents: texts that come before the first question, or documents that were loaded.
+            documents: texts that come before the first question, or a loaded document, which is forked.
             system: the system message.
             tools: definitions of tools for the chat template, JSON schemas or functions.
             overflow: what a turn that finds the context full does: "error" refuses it, "slide" first lets go of the

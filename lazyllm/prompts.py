@@ -250,22 +250,33 @@ def encode_turn(
     protect: Protect,
     query: Query | None,
     *,
-    said: str,
+    blank: Sequence[Message],
     tools: Sequence[Any] = (),
+    pieces: Sequence[str] = (),
 ) -> EncodedPrompt:
-    """Tokenises a conversation whose last message ends in `said`; what a user says there is where the query is sought.
+    """Tokenises a conversation; what a user says last is where the query is sought.
 
-    Tool definitions count as a system message. They and `said` are found by rendering the conversation without them.
+    Tool definitions count as a system message. They, and what is said last, are found by rendering the conversation
+    without them.
+
+    Args:
+        messages: the conversation.
+        tokenizer, protect, query: as for every prompt.
+        blank: the conversation with a `PLACEHOLDER` for what is said last.
+        tools: definitions of tools.
+        pieces: texts to be tokenised by themselves where the conversation begins with them.
 
     Raises:
         InputError: when there is no template, or it fails; for an absent span or query.
     """
     text = render(messages, tokenizer, tools)
     known = _read(text, messages, tokenizer)
+    if pieces and text.startswith(head := "".join(pieces)):
+        parts = [encode_text(part, tokenizer, special_tokens=False) for part in (*pieces, text[len(head) :])]
+        joined = join_encoded(parts)
+        known = replace(known, token_ids=joined.token_ids, offsets=list(joined.offsets))
     if messages[-1]["role"] == "user":
-        rest = str(messages[-1]["content"]).removesuffix(said)
-        other = [*messages[:-1], {**messages[-1], "content": rest + PLACEHOLDER}]
-        known = replace(known, user=added(text, render(other, tokenizer, tools)))
+        known = replace(known, user=added(text, render(blank, tokenizer, tools)))
     if tools:
         known = replace(known, system=(*known.system, added(text, render(messages, tokenizer))))
     return _marked(known, protect, query)

@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 class Wrapped:
-    """Writes text as it comes, and on a terminal breaks lines between words.
+    """Writes text as it comes; where a width is known, lines break between words.
 
     Args:
         out: where to.
@@ -36,27 +36,29 @@ class Wrapped:
         self._column, self._space = 0, ""
 
     def write(self, piece: str) -> None:
-        """Writes a piece of text; space at its end waits for the next word."""
-        for part in re.findall(r"\n|[^\S\n]+|\S+", piece):
-            if part == "\n":
-                self._put("\n")
-                self._column, self._space = 0, ""
-            elif part.isspace():
-                self._space += part
-            else:
-                self._word(part)
+        """Writes a piece of text; where lines break, space at its end waits for the next word."""
+        if self._width is None:
+            self._out.write(piece)
+        else:
+            for part in re.findall(r"\n|[^\S\n]+|\S+", piece):
+                self._part(part, self._width)
         self._out.flush()
 
-    def _word(self, word: str) -> None:
-        needed = cell_len(self._space) + cell_len(word)
-        if self._width is not None and self._column and self._column + needed > self._width:
-            self._put("\n")
-            self._column, self._space, needed = 0, "", cell_len(word)
-        self._put(self._space + word)
-        self._column, self._space = self._column + needed, ""
+    def _part(self, part: str, width: int) -> None:
+        """A line break, space, or a word."""
+        if part == "\n":
+            self._break()
+        elif part.isspace():
+            self._space += part
+        else:
+            if self._column and self._column + cell_len(self._space + part) > width:
+                self._break()
+            self._out.write(self._space + part)
+            self._column, self._space = self._column + cell_len(self._space + part), ""
 
-    def _put(self, text: str) -> None:
-        self._out.write(text)
+    def _break(self) -> None:
+        self._out.write("\n")
+        self._column, self._space = 0, ""
 
     def end(self) -> None:
         """Ends the line."""

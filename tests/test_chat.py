@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lazyllm import CacheError, InputError
+from lazyllm import CacheError, InputError, LazyPipeline
 from lazyllm.chat import COMMANDS, Chat, NamedText, read_documents, run_chat
 from lazyllm.cli import app
 from lazyllm.terminal import LiveLine, Wrapped, printable
@@ -290,13 +290,23 @@ def chat(folder: Path, monkeypatch):
 def test_a_pipe_is_answered_line_by_line_in_plain_text(chat, folder: Path):
     result = chat("w1 w2 ?\n\nw3 ?\n/quit\nw4 ?\n", "--document", folder / "words.txt", "--system", "w60")
     assert result.exit_code == 0, result.stderr
-    twin = pipeline().bind(tiny_model(), tokenizer())
-    twin = type(twin).from_preset("dense", tiny_model(), tokenizer())
+    twin = LazyPipeline.from_preset("dense", tiny_model(), tokenizer())
     expected = twin.conversation(documents=f"words.txt:\n\n{DOCUMENT}", system="w60")
     replies = [expected.ask(text, max_new_tokens=4, do_sample=False).text for text in ("w1 w2 ?", "w3 ?")]
     assert result.stdout == "".join(f"{reply}\n" for reply in replies)
     assert "\x1b" not in result.stdout + result.stderr
     assert result.stderr.count("TTFT") == 2
+
+
+def test_documents_of_a_cache_that_revives_are_loaded_before_the_first_question(chat, folder: Path):
+    reused = {}
+    for cache in ("AuxCache", "DropCache"):
+        options = ["--preset", "paper", "--cache", cache, "--scorer", "Random", "--schedule", "Stages({1: 0.5})"]
+        result = chat("w1 ?\n", "--document", folder / "words.txt", *options)
+        assert result.exit_code == 0, result.stderr
+        reused[cache] = int(re.search(r"reused (\d+) of", result.stderr)[1])
+    assert reused["AuxCache"] > 40
+    assert reused["DropCache"] == 0
 
 
 def test_a_pipe_ends_at_the_first_error(chat):

@@ -114,6 +114,41 @@ def test_documents_open_the_first_question_and_the_system_message_stands_alone()
     assert chat.turns[0].stats == reply.stats
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_loaded_documents_are_gone_on_from(several: bool, tmp_path):
+    pipe = pipeline()
+    framed = {"system": "w60", "layout": "w70 {documents} w71 {question} w72"}
+    loaded = pipe.load(DOCUMENT, **framed)
+    if several:
+        loaded = loaded.join(pipe.load("w8 w9", start=loaded.end, **framed))
+    held, before = loaded.cache.columns, loaded.cache.rows[0].ledger.depth.clone()
+    chat = pipe.conversation(documents=[loaded])
+    reply = chat.ask("w1 ?", **GREEDY)
+    assert reply.stats.reused_tokens == held == len(loaded)
+    assert reply.stats.revived_tokens > 0
+    text = f"{DOCUMENT}\n\nw8 w9" if several else DOCUMENT
+    first = [{"role": "system", "content": "w60"}, {"role": "user", "content": f"w70 {text} w71 w1 ? w72"}]
+    assert chat.messages[:2] == first
+    assert torch.equal(loaded.cache.rows[0].ledger.depth, before), "the document itself stays as it is"
+    again = pipe.load_conversation(chat.save(tmp_path / "chat"))
+    one, other = (talk.ask("w2 ?", **GREEDY) for talk in (chat, again))
+    assert one.token_ids == other.token_ids
+    assert chat.turns[1].rewritten_tokens == 0
+    for options in ({"documents": loaded, "system": "w1"}, {"documents": [loaded, "w1"]}):
+        with pytest.raises(InputError, match="opens a conversation by itself"):
+            pipe.conversation(**options)
+
+
+def test_documents_with_positions_between_them_fill_the_context_sooner():
+    pipe = pipeline()
+    loaded = pipe.load(DOCUMENT).join(pipe.load("w8 w9", start=200))
+    chat = pipe.conversation(documents=loaded)
+    needed = 202 + len(["w1", "?", "end", "assistant", ":"])
+    with pytest.raises(InputError, match=rf"has {needed} tokens, the reply may take max_new_tokens={257 - needed}"):
+        chat.ask("w1 ?", max_new_tokens=257 - needed)
+    assert chat.ask("w1 ?", max_new_tokens=256 - needed, do_sample=False).stats.reused_tokens == len(loaded)
+
+
 # -- what a template changes -------------------------------------------------------------------------
 
 
@@ -253,6 +288,7 @@ def test_a_tokenizer_without_template():
     [
         ({"documents": [" "]}, "document 0 holds"),
         ({"documents": ["w1", 3]}, "document 1 is of type int"),
+        ({"documents": None}, "document 0 is of type NoneType"),
         ({"system": ""}, "the system message holds"),
         ({"overflow": "wrap"}, "'error' or 'slide', not 'wrap'"),
     ],

@@ -260,39 +260,6 @@ def test_several_replies_to_one_question_leave_one_row():
     assert document.ask(SECOND, **GREEDY).token_ids
 
 
-# -- conversations -----------------------------------------------------------------------------------
-
-
-def test_a_conversation_goes_on_from_a_loaded_document():
-    pipe = new_pipe()
-    document = pipe.load([TEXT, OTHER], system="w5 w6")
-    chat = pipe.conversation(documents=document)
-    loaded = len(document)
-    first = chat.ask(QUESTION, **GREEDY)
-    assert first.stats.reused_tokens == loaded
-    assert first.token_ids == document.fork().ask(QUESTION, **GREEDY).token_ids
-    assert chat.ask(SECOND, **GREEDY).stats.reused_tokens > loaded
-    assert document.cache.columns == loaded
-    assert document.computed_fraction == document.loaded.computed_fraction
-    assert chat.messages[:2] == document.frame.messages(f"{TEXT}\n\n{OTHER}", QUESTION)
-
-
-def test_a_conversation_joins_several_documents():
-    pipe = new_pipe()
-    first = pipe.load(TEXT)
-    second = pipe.load(OTHER, start=first.end)
-    chat = pipe.conversation(documents=[first, second])
-    assert chat.ask(QUESTION, **GREEDY).token_ids == first.join(second).ask(QUESTION, **GREEDY).token_ids
-
-
-def test_a_layout_with_text_behind_the_question_is_refused_in_a_conversation():
-    pipe = new_pipe()
-    with pytest.raises(InputError, match="ends with the question"):
-        pipe.conversation(documents=pipe.load(TEXT, layout="{documents} {question} w1"))
-    with pytest.raises(InputError, match="load them with it"):
-        pipe.conversation(documents=pipe.load(TEXT), system="w1")
-
-
 # -- without a template --------------------------------------------------------------------------------
 
 
