@@ -24,8 +24,6 @@ from lazyllm.result import GenerationResult, GenerationStats
 if TYPE_CHECKING:
     from lazyllm.pipeline import LazyPipeline, TextStream
 
-Documents = str | Sequence[str] | Document | Sequence[Document]
-"""Texts, or documents that were loaded."""
 Overflow = Literal["error", "slide"]
 """What a turn does that finds the context full."""
 
