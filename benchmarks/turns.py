@@ -3,9 +3,9 @@
     python benchmarks/turns.py --items 32 --tokens 3072
 
 Each item hides numbers in a long text; the first question asks for one of them, the second for another. The same
-conversation, first reply included, goes on in four ways: by the preset on the cache of the first turn, by the preset on
-an empty cache, which computes the whole conversation anew, and both with nothing pruned. Every way answers greedily, and
-says the right answer whatever it would have said, for its loss. An item's ways follow one another in an order drawn
+conversation, first reply included, goes on in four ways: by the preset on the cache of the first turn, by the preset
+on an empty cache, which computes the whole conversation anew, and both with nothing pruned. Every way answers greedily,
+and says the right answer whatever it would have said, for its loss. An item's ways follow one another in an order drawn
 anew. Without --model it runs the packaged SmolLM2-135M-Instruct. Writes out/turns.md.
 """
 
