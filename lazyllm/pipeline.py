@@ -29,7 +29,7 @@ from lazyllm.config import LazyConfig
 from lazyllm.conversation import Conversation, Documents, Overflow
 from lazyllm.conversation_file import load_conversation
 from lazyllm.documents import LAYOUT, Document, load_document, open_document
-from lazyllm.errors import AttachError, CacheError, ConfigError, InputError
+from lazyllm.errors import AttachError, CacheError, ConfigError, InputError, LazyLLMError
 from lazyllm.generation import Options, reply_tokens
 from lazyllm.models.adapters import unwrapped
 from lazyllm.models.attach import attached, check_model, turn_of
@@ -353,7 +353,7 @@ class LazyPipeline:
                 )
             if cache.batch_size == len(prompts):  # one row for each prompt, whatever becomes of it
                 cache.batch_repeat_interleave(asked.copies)
-            with cache.replying([prompt.marks for prompt in prompts], ids.shape[1]):
+            with cache.replying([prompt.marks for prompt in prompts], ids.shape[1]), _refusing(recorder):
                 output = lazy.generate(ids, attention_mask=mask, **given)
             recorder.reading_flops = self._read_flops - read_before
         results = self._results(output, prompts, held, recorder, clock, started, asked)
@@ -613,6 +613,21 @@ class LazyPipeline:
 def _given(**fields: Any) -> dict[str, Any]:
     """The fields that were given."""
     return {name: value for name, value in fields.items() if value is not None}
+
+
+@contextmanager
+def _refusing(recorder: StepRecorder) -> Iterator[None]:
+    """Errors of transformers about what it was asked for, before the model runs, are errors of ours.
+
+    Raises:
+        InputError: with what transformers says.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if recorder.has_begun or isinstance(error, LazyLLMError):
+            raise
+        raise InputError(f"generate cannot do this: {error}") from error
 
 
 class TextStream:

@@ -123,11 +123,20 @@ class StepCount:
 
 
 class StepRecorder(Callback):
-    """Counts what every row computes; the source of `GenerationStats`."""
+    """Counts what every row computes; the source of `GenerationStats`.
+
+    Attributes:
+        windows: sliding window of each layer in tokens; None = full attention.
+        steps: by step, by row, what was counted.
+        has_begun: whether the model has run.
+        kv_bytes, aux_bytes: what the cache holds after the latest step.
+        reading_flops: operations that language models did for scorers.
+    """
 
     def __init__(self, windows: Sequence[int | None]) -> None:
         self.windows = windows
         self.steps: list[list[StepCount]] = []
+        self.has_begun = False
         self.kv_bytes = self.aux_bytes = self.reading_flops = 0
         self._open: list[StepCount] = []
 
@@ -138,7 +147,7 @@ class StepRecorder(Callback):
 
     def on_prefill_start(self, event: PrefillStart) -> None:
         """Forgets the layers of a step that failed."""
-        self._open = []
+        self._open, self.has_begun = [], True
 
     def on_layer_end(self, event: LayerEnd) -> None:
         """Counts one layer."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, WatermarkingConfig
 from transformers.generation import BaseStreamer
 
 from lazyllm import (
@@ -41,6 +41,13 @@ PROMPT = random_ids(1, 9)[0].repeat(3)
 
 def draft_model() -> torch.nn.Module:
     return tiny_model("llama", layers=2, seed=3)
+
+
+def wider_model() -> torch.nn.Module:
+    """One with a token more."""
+    config = type(tiny_model().config)(**{**tiny_model().config.to_dict(), "vocab_size": VOCABULARY + 1})
+    torch.manual_seed(5)
+    return type(tiny_model())(config).to(torch.float64).eval()
 
 
 class Ban(LogitsProcessor):
@@ -82,6 +89,7 @@ DETERMINISTIC = [
     {"max_time": 3600.0},
     {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 5},
     {"encoder_repetition_penalty": 1.5},
+    {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
 ]
 MODES = [{"do_sample": True, **options} for options in SAMPLED] + DETERMINISTIC
 ASSISTED = [
@@ -157,6 +165,30 @@ def test_assisted_decoding_at_keep_one_gives_the_tokens_of_the_unmodified_model(
     assert lazy_tokens(LazyPipeline.from_preset("dense", model), PROMPT, options) == stock_tokens(
         model, [PROMPT], options
     )
+
+
+def test_candidates_may_come_from_a_model_with_another_tokenizer():
+    model, words = tiny_model(), [f"w{number}" for number in range(VOCABULARY - 6)]
+    options = {**GREEDY, "eos_token_id": VOCABULARY, "max_new_tokens": 10}
+    options |= {"assistant_model": wider_model(), "assistant_tokenizer": word_tokenizer([*reversed(words), "x"])}
+    tokenizer = word_tokenizer(words)
+    stock = stock_tokens(model, [PROMPT], {**options, "tokenizer": tokenizer})
+    assert lazy_tokens(LazyPipeline.from_preset("dense", model, tokenizer), PROMPT, options) == stock
+
+
+def test_a_loop_of_the_callers_is_run():
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        for _ in range(4):
+            new = input_ids.shape[1] - kwargs["past_key_values"].get_seq_length()
+            output = model(**model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **kwargs))
+            kwargs = model._update_model_kwargs_for_generation(output, kwargs)
+            input_ids = torch.cat([input_ids, output.logits[:, -1:].argmax(-1)], dim=1)
+            stopping_criteria(input_ids, None)
+        return input_ids
+
+    pipe = LazyPipeline(tiny_model(), cache=AuxCache(), **PRUNING)
+    plain = pipe.generate(PROMPT, max_new_tokens=4, **GREEDY)
+    assert pipe.generate(PROMPT, max_new_tokens=4, custom_generate=loop, **GREEDY).token_ids == plain.token_ids
 
 
 def test_scores_and_logits_are_those_of_the_unmodified_model():
@@ -529,6 +561,32 @@ def test_what_the_model_itself_says_about_caches_is_not_followed(said, monkeypat
 def test_code_of_a_hub_is_refused():
     with pytest.raises(InputError, match="custom_generate='some/where'"):
         LazyPipeline.from_preset("dense", tiny_model()).generate(PROMPT, custom_generate="some/where")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_new_token": 3}, "max_new_token"),
+        ({"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
+        ({"num_beams": 2, "streamer": Pieces()}, "streamer"),
+        ({"max_length": 5}, "max_length"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_transformers_refuses_is_an_error_of_ours(options, reason):
+    with pytest.raises(InputError, match=reason):
+        LazyPipeline.from_preset("dense", tiny_model()).generate(PROMPT, **options)
+
+
+def test_an_error_while_the_model_runs_stays_what_it_is():
+    class Fails(Callback):
+        def on_layer_end(self, event):
+            raise ValueError("boom")
+
+    pipe = LazyPipeline(tiny_model(), callbacks=[Fails()], cache=AuxCache(), **PRUNING)
+    with pytest.raises(ValueError, match=r"^boom$") as raised:
+        pipe.generate(PROMPT, max_new_tokens=2, **GREEDY)
+    assert type(raised.value) is ValueError
 
 
 def test_candidates_are_for_one_row_and_come_from_another_model():

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lazyllm import AuxCache, Callback, DropCache, OffloadedAux, QuantizedAux, QuantizedKV
+from lazyllm import AuxCache, Callback, DropCache, OffloadedAux, PromptMarks, QuantizedAux, QuantizedKV
 from lazyllm.callbacks import LayerEnd, RowTrace
 from tests.histories import History, batches, new_history, policies
 from tests.replay import replay, rounding_of
@@ -40,17 +40,20 @@ class Conversation(RuleBasedStateMachine):
                 DropCache(),
             ]
         ),
+        one_prompt=st.booleans(),
     )
-    def start(self, chosen, cache):
+    def start(self, chosen, cache, one_prompt):
         self.histories, self.turn = [new_history(tiny_model("llama"), cache=cache, **chosen)], 0
+        if one_prompt:  # both rows are one until their tokens differ
+            self.history.cache.marks = [PromptMarks()]
 
     @property
     def history(self) -> History:
         return self.histories[self.turn]
 
-    @rule(step=batches(ROWS, 10))
-    def chunk(self, step):
-        self.run(*step)
+    @rule(step=batches(ROWS, 10), alike=st.booleans())
+    def chunk(self, step, alike):
+        self.run(*(part[:1].expand(ROWS, -1) if alike else part for part in step))
 
     @rule(token=st.integers(3, 50))
     def decode(self, token):
