@@ -75,6 +75,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "raw tensors": ("llama", {"scorer": OfRawTensors()}),
     "rounding": ("llama", {"scorer": OfThisProcess()}),
     "evicting": ("llama", {"cache": EvictingCache(scorer=AccumulatedAttention(), budget=9, when="decode")}),
+    "evicting by rounding": ("llama", {"cache": EvictingCache(scorer=OfThisProcess(), budget=9, when="decode")}),
     "chunks": ("llama", {"scorer": WindowAttention(window=12), "chunk": 5}),
     "norms of heads": ("qwen3", {"scorer": LastTokenAttention()}),
     "heads that every process has": ("phi3", {"scorer": WindowAttention(window=4)}),
