@@ -23,8 +23,9 @@ from lazyllm.caches import (
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
-from lazyllm.conversation import Conversation, Turn
-from lazyllm.documents import Document, LoadStats
+from lazyllm.contexts.conversation import Conversation, Turn
+from lazyllm.contexts.documents import Document, LoadStats
+from lazyllm.contexts.prefixes import PrefixCache, PrefixStats
 from lazyllm.errors import (
     AttachError,
     CacheError,
@@ -78,7 +79,6 @@ from lazyllm.policies import (
     ValueWeightedAttention,
     WindowAttention,
 )
-from lazyllm.prefixes import PrefixCache, PrefixStats
 from lazyllm.result import GenerationResult, GenerationStats
 
 __version__ = "0.1.0"

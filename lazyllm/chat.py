@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lazyllm.conversation import Conversation, Turn
+from lazyllm.contexts.conversation import Conversation, Turn
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.prompts import decode_text
 from lazyllm.terminal import LiveLine, Wrapped, piped, printable, typed

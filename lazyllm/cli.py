@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from lazyllm.caches import CACHES
 from lazyllm.callbacks import ProgressBar, TokenTrace
 from lazyllm.config import PRESET_FOLDER, LazyConfig, preset_names
-from lazyllm.conversation import NEW_TOKENS
+from lazyllm.contexts.conversation import NEW_TOKENS
 from lazyllm.costs import Cost, ModelShape, Prediction, full_below_break_even, predict
 from lazyllm.costs.device import HERE
 from lazyllm.errors import ConfigError, InputError

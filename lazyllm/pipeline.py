@@ -26,9 +26,10 @@ from lazyllm.caches.row import PromptMarks
 from lazyllm.caches.saved import load_cache
 from lazyllm.callbacks import Callback, GenerateEnd, LayerEnd
 from lazyllm.config import LazyConfig
-from lazyllm.conversation import Conversation, Documents, Overflow
-from lazyllm.conversation_file import load_conversation
-from lazyllm.documents import LAYOUT, Document, load_document, open_document
+from lazyllm.contexts.conversation import Conversation, Documents, Overflow
+from lazyllm.contexts.conversation_file import load_conversation
+from lazyllm.contexts.documents import LAYOUT, Document, load_document, open_document
+from lazyllm.contexts.prefixes import PrefixCache
 from lazyllm.errors import AttachError, CacheError, ConfigError, InputError, LazyLLMError
 from lazyllm.generation import Options, reply_tokens
 from lazyllm.models.adapters import unwrapped
@@ -44,7 +45,6 @@ from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
-from lazyllm.prefixes import PrefixCache
 from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
 from lazyllm.result import GenerationResult, GenerationStats, Lengths, StepRecorder, make_stats
 

@@ -29,7 +29,7 @@ from lazyllm import (
     WindowAttention,
 )
 from lazyllm.caches.saved import DOCUMENT as CACHE_DOCUMENT
-from lazyllm.prefixes import held_ids
+from lazyllm.contexts.prefixes import held_ids
 from tests.talks import (
     DOCUMENT,
     FORGETFUL,

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lazyllm import AuxCache, Callback, Constant, Conversation, DropCache, LastTokenAttention, OffloadedAux, TokenTrace
 from lazyllm.callbacks import LayerEnd, RowTrace
-from lazyllm.prefixes import held_ids
+from lazyllm.contexts.prefixes import held_ids
 from tests.histories import policies
 from tests.replay import replay
 from tests.talks import DOCUMENT, FORGETFUL, TOOLS_FIRST, TOOLS_LAST, TURNS, WORDS, pipeline

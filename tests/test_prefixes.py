@@ -20,7 +20,7 @@ from lazyllm import (
     TokenTrace,
     WindowAttention,
 )
-from lazyllm.prefixes import common_prefix, held_ids, take_up
+from lazyllm.contexts.prefixes import common_prefix, held_ids, take_up
 from tests.histories import CACHES, FORGETTING_CACHES, new_history, policies
 from tests.tiny import random_ids, tiny_model
 

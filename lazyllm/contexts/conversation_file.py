@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lazyllm.conversation import Conversation, Opening, Overflow, Turn
+from lazyllm.contexts.conversation import Conversation, Opening, Overflow, Turn
 from lazyllm.errors import CacheError
 from lazyllm.policies.base import explain
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from transformers.utils import get_json_schema
 
 from lazyllm.caches.lazy_cache import LazyCache
-from lazyllm.documents import SEPARATOR, Document
+from lazyllm.contexts.documents import SEPARATOR, Document
+from lazyllm.contexts.prefixes import take_up
 from lazyllm.errors import CacheError, InputError
 from lazyllm.generation import Options
 from lazyllm.policies.query import Query, check_query
-from lazyllm.prefixes import take_up
 from lazyllm.prompts import PLACEHOLDER, EncodedPrompt, Message, check_not_blank, encode_turn
 from lazyllm.result import GenerationResult, GenerationStats
 
@@ -259,7 +259,7 @@ class Conversation:
         Raises:
             CacheError: when it cannot be written; what was there before stays.
         """
-        from lazyllm.conversation_file import save_conversation  # which needs this class
+        from lazyllm.contexts.conversation_file import save_conversation  # which needs this class
 
         return save_conversation(self, path)
 

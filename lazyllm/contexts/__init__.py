@@ -1,0 +1,1 @@
+"""What outlives a call: documents that wait, conversations, and beginnings that prompts share."""
