@@ -89,7 +89,8 @@ class LazyStack(nn.Module):
                 flight, todo = step.flight, step.todo(visible, i)  # visible tokens whose depth is i (law 2)
                 hidden = self.contract.to_layer(step.pending(todo), i)  # in flight, or revived from the Aux Cache
                 if rope is None or todo is not flight:
-                    rope, positions = self.contract.rope(hidden, step.places()), step.positions()
+                    positions = step.positions()
+                    rope = self.contract.rope(hidden, step.places(positions))
                 view = step.view(i, visible)
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured = self.selector.notes_of(step, i, visible)
@@ -170,7 +171,7 @@ class LazyStack(nn.Module):
         todo, states = step.peek(visible, layer)
         hidden = self.contract.to_layer(states, layer)
         positions = step.positions(todo)
-        rope = self.contract.rope(hidden, step.places(todo))[self.contract.rope_types[layer]]
+        rope = self.contract.rope(hidden, step.places(positions, todo))[self.contract.rope_types[layer]]
         view = LayerView(step.cache, layer, todo, visible).peeking()
         plan = self._plan(step, view, layer, masks, captured := Captured())
         plan.peeks = True
