@@ -25,10 +25,10 @@ from lazyllm import (
     ProgressBar,
     TokenTrace,
 )
+from lazyllm.clock import TokenClock
 from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loading
 from lazyllm.evaluation.plots import plot_kept
 from lazyllm.models.loading import load_model
-from lazyllm.pipeline import TokenClock
 
 # isort: split
 # behind lazyllm, which keeps back what torchao logs while transformers imports it

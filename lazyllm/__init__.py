@@ -36,7 +36,7 @@ from lazyllm.errors import (
     PolicyError,
     UnsupportedModelError,
 )
-from lazyllm.pipeline import LazyPipeline, TextStream
+from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies import (
     SCHEDULES,
     SCORERS,
@@ -80,6 +80,7 @@ from lazyllm.policies import (
     WindowAttention,
 )
 from lazyllm.result import GenerationResult, GenerationStats
+from lazyllm.streams import TextStream
 
 __version__ = "0.1.0"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,15 +14,14 @@ from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
 
 from lazyllm.caches import CachePolicy, LazyCache
 from lazyllm.caches.row import PromptMarks
 from lazyllm.caches.saved import load_cache
-from lazyllm.callbacks import Callback, GenerateEnd, LayerEnd
+from lazyllm.callbacks import Callback, GenerateEnd
+from lazyllm.clock import TokenClock, peak_bytes
 from lazyllm.config import LazyConfig
 from lazyllm.contexts.conversation import Conversation, Documents, Overflow
 from lazyllm.contexts.conversation_file import load_conversation
@@ -46,7 +43,8 @@ from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
 from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
-from lazyllm.result import GenerationResult, GenerationStats, Lengths, StepRecorder, make_stats
+from lazyllm.result import GenerationResult, Lengths, StepRecorder, make_stats
+from lazyllm.streams import TextStream
 
 if TYPE_CHECKING:
     from lazyllm.mapping import Reply
@@ -630,121 +628,4 @@ def _refusing(recorder: StepRecorder) -> Iterator[None]:
         raise InputError(f"generate cannot do this: {error}") from error
 
 
-class TextStream:
-    """Pieces of a reply as they come, and its result once they have all come.
-
-    Leaving the loop early and calling `close()` ends the generation: after the running step, with the reply so far as
-    its result, or between two layers while the prompt is still being computed; then there is no result.
-    """
-
-    def __init__(self, tokenizer: Any, generate: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._stop = _StopSwitch()
-        self._outcome: GenerationResult | BaseException | None = None
-        added = {
-            "streamer": self._pieces,
-            "stopping_criteria": StoppingCriteriaList([*(options.get("stopping_criteria") or ()), self._stop]),
-            "callbacks": [*options.get("callbacks", ()), _EarlyStop(self._stop)],
-        }
-        self._thread = threading.Thread(target=self._run, args=(generate, {**options, **added}), daemon=True)
-        self._thread.start()
-
-    def _run(self, generate: Callable[..., Any], options: dict[str, Any]) -> None:
-        try:
-            self._outcome = cast(GenerationResult, generate(**options))
-        except BaseException as error:
-            self._outcome = error
-            self._pieces.end()
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for piece in self._pieces:
-                if piece:
-                    yield piece
-        except GeneratorExit:
-            self.close()
-            raise
-        self.result  # noqa: B018 - raises what the generation raised
-
-    def close(self) -> None:
-        """Ends the generation, after the running step or layer, and waits for it."""
-        self._stop.pulled = True
-        self._thread.join()
-
-    @property
-    def result(self) -> GenerationResult:
-        """The whole reply; waits for it, and raises what the generation raised.
-
-        Raises:
-            InputError: when the stream was closed before there was a token.
-        """
-        self._thread.join()
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        assert self._outcome is not None
-        return self._outcome
-
-
-class _StopSwitch(StoppingCriteria):
-    """Ends a generation from outside.
-
-    Attributes:
-        pulled: whether to end it.
-        begun: whether the reply has a token.
-    """
-
-    pulled = begun = False
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        self.begun = True
-        return torch.full((input_ids.shape[0],), self.pulled, device=input_ids.device, dtype=torch.bool)
-
-
-class _EarlyStop(Callback):
-    """Ends a generation that has no token yet between two layers, once the switch is pulled."""
-
-    def __init__(self, switch: _StopSwitch) -> None:
-        self._switch = switch
-
-    def on_layer_end(self, event: LayerEnd) -> None:
-        """Looks at the switch."""
-        if self._switch.pulled and not self._switch.begun:
-            raise InputError("the stream was closed before the reply had a token; there is no result")
-
-
-class TokenClock(StoppingCriteria):
-    """Reads the clock whenever new tokens have come, one or several; stops nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: list[float] = []
-        self._lengths: list[int] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        """Notes the time."""
-        if not self.times and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.times.append(time.perf_counter())
-        self._lengths.append(input_ids.shape[1])
-        return torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
-
-    @property
-    def seconds_per_token(self) -> float | None:
-        """Mean time from one token to the next; None when all came at once."""
-        tokens = self._lengths[-1] - self._lengths[0]
-        return (self.times[-1] - self.times[0]) / tokens if tokens else None
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak of allocated memory on CUDA, else of the process's resident memory; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-__all__ = ["GenerationStats", "LazyPipeline", "TextStream"]
+__all__ = ["LazyPipeline"]

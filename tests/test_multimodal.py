@@ -20,7 +20,7 @@ from transformers import (
 from lazyllm import AuxCache, Constant, InputError, LastTokenAttention, LazyPipeline, TokenTrace
 from tests.histories import Moving
 from tests.replay import replay
-from tests.tiny import LAYERS, VOCABULARY, WINDOW, random_ids
+from tests.tiny import LAYERS, VOCABULARY, WINDOW, random_ids, word_tokenizer
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 IMAGE, VISION_START, VISION_END, VIDEO = 90, 91, 92, 93
@@ -255,6 +255,20 @@ def test_where_tokens_stand_is_saved_with_a_cache(kind: str, tmp_path):
     assert not torch.equal(place[:, 0], place[:, 2])
     for twin in (past.fork(), pipe.load_cache(past.save(tmp_path / "cache"))):
         assert torch.equal(twin.rows[0].ledger.place, place)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_folder_is_loaded(kind: str, tmp_path):
+    model, shown = model_of(kind), picture(kind)
+    model.save_pretrained(tmp_path)
+    word_tokenizer(["a", "b"]).save_pretrained(tmp_path)
+    pipe = LazyPipeline.from_pretrained(tmp_path, preset="dense")
+    assert type(pipe.model) is type(model)
+    text = random_ids(1, 12) % 80 + 3
+    assert pipe.generate(text[0], **GREEDY).token_ids == stock_reply(model, text)
+    if kind in WITH_IMAGES:
+        reply = pipe.generate(shown.ids[0], **shown.inputs, **GREEDY).token_ids
+        assert reply == stock_reply(model, shown.ids, **shown.inputs)
 
 
 REFUSED = {"gemma3": "tokens of this prompt see tokens behind them", "qwen3_vl": "deepstack_visual_embeds"}

@@ -111,6 +111,13 @@ def test_operations_are_counted_as_before(weights, family):
         assert flop_model(after, contract_of(after)) == ModelShape.of(after.config).costs
 
 
+def test_packed_weights_count_by_inputs_and_outputs():
+    model, packed = plain(), plain()
+    for layer in layers_of(packed.model.layers).values():
+        layer.weight = nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    assert flop_model(packed, contract_of(packed)) == flop_model(model, contract_of(model))
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dense_is_the_quantised_model_itself(weights, dtype):

@@ -101,6 +101,20 @@ def test_an_adapter_that_transformers_loads(tmp_path):
     assert_replays(history_of(loaded))
 
 
+def test_a_folder_of_an_adapter_is_loaded(folders, tmp_path):
+    base = folders("llama")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), lora(), "default")
+    model.save_pretrained(tmp_path)
+    word_tokenizer(["a", "b"]).save_pretrained(tmp_path)
+    pipe = LazyPipeline.from_pretrained(tmp_path, preset="dense", dtype="float64")
+    assert contract_of(pipe.model).adapters.startswith("default (")
+    ids = random_ids(1, 20)[0]
+    assert (
+        pipe.generate(ids, **GREEDY).token_ids
+        == LazyPipeline.from_preset("dense", model).generate(ids, **GREEDY).token_ids
+    )
+
+
 SWITCHES = {
     "another one": lambda model: model.set_adapter("style"),
     "off": lambda model: model.base_model.disable_adapter_layers(),

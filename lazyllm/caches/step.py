@@ -270,13 +270,13 @@ class Step:
         parts = [positions[row] for positions, row in zip(self.token_positions, tokens, strict=True)]
         return torch.cat(parts)[None].to(self.states.device)
 
-    def rope_positions(self, todo: list[Tensor] | None = None) -> Tensor:
-        """What RoPE is asked for: `positions`, or where tokens stand along its axes [3, 1, t]."""
-        tokens = self.flight if todo is None else todo
+    def rope_positions(self, positions: Tensor, todo: list[Tensor] | None = None) -> Tensor:
+        """Where RoPE sees the packed tokens at `positions`: there, or along its axes [3, 1, t]."""
         known = [row.ledger.place for row in self.rows]
+        if all(place is None for place in known):
+            return positions
+        tokens = self.flight if todo is None else todo
         parts = [place[row] for place, row in zip(known, tokens, strict=True) if place is not None]
-        if not parts:
-            return self.positions(todo)
         return rearrange(torch.cat(parts), "t a -> a 1 t").to(self.states.device)
 
     def view(self, layer: int, visible: list[Tensor]) -> LayerView:

@@ -22,7 +22,8 @@ from lazyllm.prompts import PLACEHOLDER, EncodedPrompt, Message, check_not_blank
 from lazyllm.result import GenerationResult, GenerationStats
 
 if TYPE_CHECKING:
-    from lazyllm.pipeline import LazyPipeline, TextStream
+    from lazyllm.pipeline import LazyPipeline
+    from lazyllm.streams import TextStream
 
 Overflow = Literal["error", "slide"]
 """What a turn does that finds the context full."""

@@ -29,7 +29,8 @@ from lazyllm.prompts import (
 from lazyllm.result import GenerationResult
 
 if TYPE_CHECKING:
-    from lazyllm.pipeline import LazyPipeline, TextStream
+    from lazyllm.pipeline import LazyPipeline
+    from lazyllm.streams import TextStream
 
 LAYOUT = "{documents}\n\n{question}"
 """The user's message where no other layout is asked for."""

@@ -52,11 +52,18 @@ def flop_model(model: PreTrainedModel, contract: DecoderContract) -> FlopModel:
 
 
 def active_weights(layer: nn.Module, config: Any) -> int:
-    """Entries of all weight matrices a token is multiplied with; stacked experts count as far as they are visited."""
+    """Entries of all weight matrices a token is multiplied with; stacked experts count as far as they are visited.
+
+    A linear layer counts by its inputs and outputs, in whatever form its weights are packed.
+    """
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     share = config.num_experts_per_tok / experts if experts else 1
-    total = 0
+    linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    counted = {id(weight) for module in linear for weight in module.parameters(recurse=False)}
+    total = sum(module.in_features * module.out_features for module in linear)
     for weight in layer.parameters():
+        if id(weight) in counted:
+            continue
         if weight.ndim == 2:
             total += weight.numel()
         elif weight.ndim == 3:

@@ -6,12 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lazyllm.errors import InputError, unknown
 from lazyllm.models.quantize import quantize, weights_named
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+"""What a configuration is found by."""
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -34,7 +46,7 @@ def load_model(
     weights: str | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in evaluation mode, and its tokenizer.
+    """A causal LM, or a model that reads images with one inside, in evaluation mode, and its tokenizer.
 
     Args:
         path_or_id: a hub id, a folder, or a `.gguf` file.
@@ -42,7 +54,7 @@ def load_model(
         dtype: dtype of the weights; "auto" takes the checkpoint's.
         device_map: as in transformers.
         weights: "int4" or "int8" quantises the linear layers once they are loaded; see `quantize`.
-        options: anything else `AutoModelForCausalLM.from_pretrained` takes.
+        options: anything else the model class's `from_pretrained` takes.
 
     Raises:
         InputError: when there is no such file or folder, or the model cannot have these weights.
@@ -57,9 +69,21 @@ def load_model(
         raise InputError(f"there is no file {gguf_file!r} in {str(path)!r}")
     source = str(path_or_id)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
+    maker = AutoModelForCausalLM if gguf_file else _maker(source, options)
+    model = maker.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **extra)
     model.eval()
     if kind is not None:
         quantize(model, kind)
     return model, tokenizer
+
+
+def _maker(source: str, options: dict[str, Any]) -> Any:
+    """The class that loads the model of a configuration."""
+    try:
+        config = AutoConfig.from_pretrained(source, **{name: options[name] for name in HUB_OPTIONS if name in options})
+    except (OSError, ValueError):  # a folder of adapters has none; of others the loading says what is wrong
+        return AutoModelForCausalLM
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    speaks = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if reads_images and not speaks else AutoModelForCausalLM

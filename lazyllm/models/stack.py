@@ -94,7 +94,8 @@ class LazyStack(nn.Module):
                 if not any(tokens.numel() for tokens in visible):
                     break  # all of them wait for a later step
                 if rope is None or todo is not flight:
-                    rope, positions = self.contract.rope(hidden, step.rope_positions()), step.positions()
+                    positions = step.positions()
+                    rope = self.contract.rope(hidden, step.rope_positions(positions))
                 view = step.view(i, visible)
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured = self.selector.notes_of(step, i, visible)
@@ -173,7 +174,7 @@ class LazyStack(nn.Module):
         todo, states = step.peek(visible, layer)
         hidden = self.contract.to_layer(states, layer)
         positions = step.positions(todo)
-        rope = self.contract.rope(hidden, step.rope_positions(todo))[self.contract.rope_types[layer]]
+        rope = self.contract.rope(hidden, step.rope_positions(positions, todo))[self.contract.rope_types[layer]]
         view = step.view_of(layer, todo, visible).peeking()
         plan = self._plan(step, view, layer, masks, captured := Captured())
         plan.peeks = True
