@@ -139,6 +139,17 @@ def test_loaded_documents_are_gone_on_from(several: bool, tmp_path):
             pipe.conversation(**options)
 
 
+def test_the_tokens_of_a_loaded_document_stay_what_they_are_beside_any_question():
+    pipe = pipeline()
+    loaded = pipe.load(f"{DOCUMENT} w1", layout="{documents}2 {question}")  # tokenised as a whole, it would end in w12
+    chat = pipe.conversation(documents=loaded)
+    assert chat.ask("w3 ?", **GREEDY).stats.reused_tokens == len(loaded)
+    prompt = loaded.prompt("w3 ?").token_ids
+    assert held_ids(chat.cache)[: len(prompt)].tolist() == prompt
+    chat.ask("w4 ?", **GREEDY)
+    assert chat.turns[1].rewritten_tokens == 0
+
+
 def test_documents_with_positions_between_them_fill_the_context_sooner():
     pipe = pipeline()
     loaded = pipe.load(DOCUMENT).join(pipe.load("w8 w9", start=200))
