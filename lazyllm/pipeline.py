@@ -239,8 +239,8 @@ class LazyPipeline:
             InputError, CacheError, ConfigError: before the model is touched, where that is possible.
         """
         started = time.perf_counter() if started is None else started
-        self._check_length(prompts)
         cache, asked = self._cache_in(options), Options(options, self.model)
+        self._check_length(prompts)
         asked.check(len(prompts))
         ids, mask = pad_left(prompts, asked.pad_token_id, self.model.device)
         clock, recorder = TokenClock(self.model.device), StepRecorder(self._contract.windows)
@@ -257,6 +257,7 @@ class LazyPipeline:
                 cache.batch_repeat_interleave(asked.copies)
             with cache.replying([prompt.marks for prompt in prompts], ids.shape[1]), _refusing(recorder):
                 output = lazy.generate(ids, attention_mask=mask, **given)
+        recorder.kv_bytes, recorder.aux_bytes = cache.kv_bytes, cache.aux_bytes
         recorder.reading_flops = self._read_flops - read_before
         results = self._results(output, prompts, ids.shape[1], recorder, clock, started, asked)
         for callback in self.callbacks:

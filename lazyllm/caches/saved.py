@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from lazyllm.caches import CACHES
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.caches.policy import CachePolicy
-from lazyllm.caches.row import PromptMarks, Row
+from lazyllm.caches.row import PromptMarks, Row, distinct, places_of
 from lazyllm.errors import CacheError
 from lazyllm.models.fingerprint import fingerprint
 from lazyllm.policies.base import explain
 
-VERSION = 1
+VERSION = 2
 DOCUMENT, DIGEST = "lazyllm_cache", "lazyllm_digest"
 """Keys of the file's metadata."""
 
@@ -41,6 +41,7 @@ class SavedRow(BaseModel):
     Attributes:
         marks: which of the document's marks are the row's.
         reply_start: index of the first token that came after the last prefill step.
+        counted: how many tokens of the reply were certain at the latest step.
         retreated: layer-tokens whose K/V were given up.
     """
 
@@ -48,6 +49,7 @@ class SavedRow(BaseModel):
 
     marks: int
     reply_start: int
+    counted: int
     retreated: int
 
 
@@ -62,7 +64,8 @@ class SavedCache(BaseModel):
         columns: columns seen, padding included.
         marks: what is known about prompts, each set once.
         prompts: by prompt, which of the marks are its own.
-        rows: the rows.
+        rows: the rows, each once.
+        places: by row of the batch, which of the rows it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,6 +78,7 @@ class SavedCache(BaseModel):
     marks: list[PromptMarks]
     prompts: list[int]
     rows: list[SavedRow]
+    places: list[int]
 
 
 def save_cache(cache: LazyCache, path: str | Path) -> Path:
@@ -86,7 +90,7 @@ def save_cache(cache: LazyCache, path: str | Path) -> Path:
     path = Path(path)
     tensors = {
         f"{index}.{name}": tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)  # no two share memory
-        for index, row in enumerate(cache.rows)
+        for index, row in enumerate(distinct(cache.rows))
         for name, tensor in row.state().items()
     }
     document = _describe(cache).model_dump_json()
@@ -106,8 +110,13 @@ def _describe(cache: LazyCache) -> SavedCache:
     known: list[PromptMarks] = []
     prompts = [_place(marks, known) for marks in cache.marks]
     rows = [
-        SavedRow(marks=_place(row.marks, known), reply_start=row.reply_start, retreated=row.retreated)
-        for row in cache.rows
+        SavedRow(
+            marks=_place(row.marks, known),
+            reply_start=row.reply_start,
+            counted=row.counted,
+            retreated=row.retreated,
+        )
+        for row in distinct(cache.rows)
     ]
     return SavedCache(
         version=VERSION,
@@ -118,6 +127,7 @@ def _describe(cache: LazyCache) -> SavedCache:
         marks=[{**vars(marks), "starts": dict(marks.starts)} for marks in known],  # what was found, not the text
         prompts=prompts,
         rows=rows,
+        places=places_of(cache.rows),
     )
 
 
@@ -158,11 +168,13 @@ def load_cache(path: str | Path, policy: CachePolicy, decoder: nn.Module, device
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         by_row[index][name] = tensor
+    rows: list[Row] = []
     for number, saved in enumerate(said.rows):
         row = Row(said.layers, policy, said.marks[saved.marks])
         row.load_state(by_row[str(number)], devices)
-        row.reply_start, row.retreated = saved.reply_start, saved.retreated
-        cache.rows.append(row)
+        row.reply_start, row.counted, row.retreated = saved.reply_start, saved.counted, saved.retreated
+        rows.append(row)
+    cache.rows = [rows[place] for place in said.places]
     return cache
 
 
