@@ -333,8 +333,8 @@ class LazyPipeline:
             InputError, CacheError, ConfigError: before the model is touched, where that is possible.
         """
         started = time.perf_counter() if started is None else started
-        self._check_length(prompts)
         asked = Options(options, self.model)
+        self._check_length(prompts)
         asked.check(len(prompts))
         cache = self._cache_for(prompts, prefixes, asked)
         held = [len(row.ledger) for row in cache.rows]
@@ -354,6 +354,7 @@ class LazyPipeline:
             with cache.replying([prompt.marks for prompt in prompts], ids.shape[1]), _refusing(recorder):
                 output = lazy.generate(ids, attention_mask=mask, **given)
             recorder.reading_flops = self._read_flops - read_before
+        recorder.kv_bytes, recorder.aux_bytes = cache.kv_bytes, cache.aux_bytes
         results = self._results(output, prompts, held, recorder, clock, started, asked)
         if prefixes is not None:
             prefixes.put(cache, self.config)

@@ -99,7 +99,8 @@ def same_cache(one, other):
     assert one.marks == other.marks
     assert (one.columns, one.kv_bytes, one.aux_bytes) == (other.columns, other.kv_bytes, other.aux_bytes)
     for left, right in zip(one.rows, other.rows, strict=True):
-        assert (left.marks, left.reply_start, left.retreated) == (right.marks, right.reply_start, right.retreated)
+        assert (left.marks, left.reply_start, left.counted) == (right.marks, right.reply_start, right.counted)
+        assert left.retreated == right.retreated
         assert left.ledger.at_depth == right.ledger.at_depth
         assert left.ledger.knows_ids == right.ledger.knows_ids
         tensors, expected = left.state(), right.state()
@@ -142,11 +143,22 @@ def test_the_file_holds_what_is_in_use_and_a_little_more(saved):
     assert held < path.stat().st_size < held + 25_000
 
 
+def test_rows_that_are_one_are_saved_once_and_are_one_again(tmp_path):
+    history = filled()
+    alone = history.cache.save(tmp_path / "alone").stat().st_size
+    history.cache.batch_repeat_interleave(2)
+    path = history.cache.save(tmp_path / "cache")
+    assert path.stat().st_size < alone + 1000
+    loaded = history.pipe.load_cache(path)
+    same_cache(loaded, history.cache)
+    assert loaded.rows[0] is loaded.rows[1]
+    assert loaded.rows[1] is not loaded.rows[2]
+
+
 def test_rows_that_share_memory_are_saved_one_by_one(tmp_path):
     history = filled()
-    history.cache.batch_repeat_interleave(2)
-    loaded = history.pipe.load_cache(history.cache.save(tmp_path / "cache"))
-    same_cache(loaded, history.cache)
+    history.cache.rows += [row.copy() for row in history.cache.rows]
+    same_cache(history.pipe.load_cache(history.cache.save(tmp_path / "cache")), history.cache)
 
 
 def test_a_cache_that_has_run_no_step(tmp_path):

@@ -46,6 +46,7 @@ class RowMark:
     origins: int
     tallies: dict[tuple[str, int], Tensor]
     reply_start: int
+    counted: int
     last_output: Tensor | None
 
 
@@ -63,6 +64,7 @@ class Row:
         tallies: by use and layer, sums [t] a scorer has added up over steps; replaced as a whole, never written to.
         marks: protected and query tokens of the prompt.
         reply_start: index of the first token that came after the last prefill step.
+        counted: how many tokens of the reply were certain at the latest step.
         last_output: [c] output of the last layer for the row's last token.
     """
 
@@ -76,7 +78,7 @@ class Row:
         self.last_used = no_tokens()
         self.retreated = 0
         self.marks = marks
-        self.reply_start = 0
+        self.reply_start = self.counted = 0
         self.last_output: Tensor | None = None
 
     def memory(self, layer: int) -> StateMemory:
@@ -138,6 +140,7 @@ class Row:
             len(self.origins),
             dict(self.tallies),
             self.reply_start,
+            self.counted,
             self.last_output,
         )
 
@@ -150,7 +153,7 @@ class Row:
             memory.truncate(mark.remembered.get(layer, 0))
         self.origins.truncate(mark.origins)
         self.tallies = dict(mark.tallies)
-        self.reply_start, self.last_output = mark.reply_start, mark.last_output
+        self.reply_start, self.counted, self.last_output = mark.reply_start, mark.counted, mark.last_output
 
     def crop(self, columns: int) -> None:
         """Forgets every token from column `columns` of the batch on."""
@@ -166,6 +169,7 @@ class Row:
         self.tallies = {key: tally[:tokens] for key, tally in self.tallies.items()}
         self.frontier.crop(tokens)
         self.reply_start = min(self.reply_start, tokens)
+        self.counted = min(self.counted, tokens - self.reply_start)
         self.last_output = None
 
     def join(self, other: Row, *, columns: int, moved: int) -> None:
@@ -205,7 +209,7 @@ class Row:
         twin.memories = {layer: memory.copy() for layer, memory in self.memories.items()}
         twin.origins, twin.last_used, twin.retreated = self.origins.copy(), self.last_used, self.retreated
         twin.tallies = dict(self.tallies)
-        twin.marks, twin.reply_start = self.marks, self.reply_start
+        twin.marks, twin.reply_start, twin.counted = self.marks, self.reply_start, self.counted
         twin.last_output = self.last_output
         return twin
 
@@ -284,6 +288,12 @@ def _filled(amounts: Tensor | None, tokens: int, like: Tensor) -> Tensor:
 def distinct(rows: Iterable[Row]) -> list[Row]:
     """Each row once, in the order in which they first come."""
     return list({id(row): row for row in rows}.values())
+
+
+def places_of(rows: Sequence[Row]) -> list[int]:
+    """By place, which of the `distinct` rows stands there."""
+    numbers = {id(row): number for number, row in enumerate(distinct(rows))}
+    return [numbers[id(row)] for row in rows]
 
 
 def copied(rows: Sequence[Row]) -> list[Row]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lazyllm.caches import CACHES
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.caches.policy import CachePolicy
-from lazyllm.caches.row import PromptMarks, Row
+from lazyllm.caches.row import PromptMarks, Row, distinct, places_of
 from lazyllm.errors import CacheError
 from lazyllm.models.fingerprint import fingerprint
 from lazyllm.policies.base import explain
@@ -41,6 +41,7 @@ class SavedRow(BaseModel):
     Attributes:
         marks: which of the document's marks are the row's.
         reply_start: index of the first token that came after the last prefill step.
+        counted: how many tokens of the reply were certain at the latest step.
         retreated: layer-tokens whose K/V were given up.
     """
 
@@ -48,6 +49,7 @@ class SavedRow(BaseModel):
 
     marks: int
     reply_start: int
+    counted: int
     retreated: int
 
 
@@ -62,7 +64,8 @@ class SavedCache(BaseModel):
         columns: columns seen, padding included.
         marks: what is known about prompts, each set once.
         prompts: by prompt, which of the marks are its own.
-        rows: the rows.
+        rows: the rows, each once.
+        places: by row of the batch, which of the rows it is.
         note: what else was to be kept with it.
     """
 
@@ -76,6 +79,7 @@ class SavedCache(BaseModel):
     marks: list[PromptMarks]
     prompts: list[int]
     rows: list[SavedRow]
+    places: list[int]
     note: str = ""
 
 
@@ -88,7 +92,7 @@ def save_cache(cache: LazyCache, path: str | Path, *, note: str = "") -> Path:
     path = Path(path)
     tensors = {
         f"{index}.{name}": tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)  # no two share memory
-        for index, row in enumerate(cache.rows)
+        for index, row in enumerate(distinct(cache.rows))
         for name, tensor in row.state().items()
     }
     document = _describe(cache, note).model_dump_json()
@@ -108,8 +112,13 @@ def _describe(cache: LazyCache, note: str) -> SavedCache:
     known: list[PromptMarks] = []
     prompts = [_place(marks, known) for marks in cache.marks]
     rows = [
-        SavedRow(marks=_place(row.marks, known), reply_start=row.reply_start, retreated=row.retreated)
-        for row in cache.rows
+        SavedRow(
+            marks=_place(row.marks, known),
+            reply_start=row.reply_start,
+            counted=row.counted,
+            retreated=row.retreated,
+        )
+        for row in distinct(cache.rows)
     ]
     return SavedCache(
         version=VERSION,
@@ -120,6 +129,7 @@ def _describe(cache: LazyCache, note: str) -> SavedCache:
         marks=[{**vars(marks), "starts": dict(marks.starts)} for marks in known],  # what was found, not the text
         prompts=prompts,
         rows=rows,
+        places=places_of(cache.rows),
         note=note,
     )
 
@@ -172,11 +182,13 @@ def load_cache(
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         by_row[index][name] = tensor
+    rows: list[Row] = []
     for number, saved in enumerate(said.rows):
         row = Row(said.layers, policy, said.marks[saved.marks])
         row.load_state(by_row[str(number)], devices)
-        row.reply_start, row.retreated = saved.reply_start, saved.retreated
-        cache.rows.append(row)
+        row.reply_start, row.counted, row.retreated = saved.reply_start, saved.counted, saved.retreated
+        rows.append(row)
+    cache.rows = [rows[place] for place in said.places]
     return cache, said.note
 
 

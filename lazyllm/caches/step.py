@@ -13,7 +13,7 @@ from torch import Tensor
 from lazyllm.caches.arrival import Arrival
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.ledger import AXES
-from lazyllm.caches.row import Row, distinct, same_tokens, token_counts
+from lazyllm.caches.row import Row, distinct, places_of, same_tokens, token_counts
 from lazyllm.callbacks import Choice
 from lazyllm.errors import InputError
 from lazyllm.policies.base import layer_number
@@ -63,6 +63,7 @@ class Step:
         rows: the cache's rows, each once.
         places: by row of the batch, which of `rows` it is.
         new: by row, the tokens this call brought.
+        replied: by row, which tokens of its reply have become certain.
         flight: by row, the tokens computed by the latest layer, ascending; before the first, `new`.
         reached: how many layers have computed the tokens in flight.
         states: [1, t, c] their hidden states, packed.
@@ -76,7 +77,7 @@ class Step:
     def __init__(self, cache: LazyCache, arrival: Arrival) -> None:
         self.cache = cache
         self.rows: list[Row] = distinct(cache.rows)
-        self.places = [next(index for index, row in enumerate(self.rows) if row is one) for one in cache.rows]
+        self.places = places_of(cache.rows)
         arrival = arrival.of_rows([self.places.index(index) for index in range(len(self.rows))])
         self.batch, self.width = arrival.rows, arrival.width
         self.is_prefill = cache.is_prefill(self.width)
@@ -161,22 +162,25 @@ class Step:
             row.ledger.append(where, real + columns, None if ids is None else ids[index, real], places[index])
             for index, (row, where, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
         ]
-        if self.is_prefill:
-            for row in self.rows:
-                row.reply_start = len(row.ledger)
+        self.replied = [self._count(row, tokens) for row, tokens in zip(self.rows, new, strict=True)]
         return new
+
+    def _count(self, row: Row, new: Tensor) -> range:
+        """Which tokens of a row's reply, from 1, are certain now and were not before; only 0 in a prefill.
+
+        Of several new ones only the first is: the others are candidates, and may be taken back.
+        """
+        if self.is_prefill:
+            row.reply_start, row.counted = len(row.ledger), 0
+            return range(1)
+        counted, row.counted = row.counted, len(row.ledger) - row.reply_start - max(new.numel() - 1, 0)
+        return range(counted + 1, row.counted + 1)
 
     def _selects(self) -> bool:
         policy = self.cache.policy
         if self.is_prefill or not policy.prunes:
             return policy.prunes
-        replied = max(map(self.replied, range(len(self.rows))), key=lambda numbers: numbers[-1])
-        return any(map(policy.selects_in_decode, replied))
-
-    def replied(self, row: int) -> range:
-        """Which tokens of a row's reply the step brings, counted from 1; only 0 in a prefill."""
-        length = len(self.rows[row].ledger) - self.rows[row].reply_start
-        return range(length - max(self.new[row].numel(), 1) + 1, length + 1) if not self.is_prefill else range(1)
+        return any(map(policy.selects_in_decode, max(self.replied, key=lambda numbers: numbers.stop)))
 
     # -- the way through the layers ------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class Evictor:
 
     def _acts(self, step: Step, index: int) -> bool:
         acts = self.eviction.acts
-        return any(acts(is_prefill=step.is_prefill, generated=number) for number in step.replied(index))
+        return any(acts(is_prefill=step.is_prefill, generated=number) for number in step.replied[index])
 
     def evict(self, step: Step, layer: int, readings: Readings) -> None:
         """Marks what falls out of every row's store at `layer`; it is dropped when the step is done."""

@@ -222,6 +222,7 @@ def snapshot(cache: LazyCache) -> dict[str, Tensor]:
     for index, row in enumerate(cache.rows):
         own: dict[str, Tensor] = {"depth": row.ledger.depth, "position": row.ledger.position}
         own["column"], own["reply_start"] = row.ledger.column, torch.tensor(row.reply_start)
+        own["counted"] = torch.tensor(row.counted)
         own["frontier tokens"], own["last_used"] = row.frontier.tokens, row.last_used
         if len(row.frontier):
             own["frontier states"] = row.frontier.read(row.frontier.tokens)
