@@ -41,4 +41,5 @@ def models_are_left_as_found() -> Iterator[None]:
         decoder = model.get_decoder()
         assert not any(hasattr(layer, "selector") for layer in decoder.layers), "a LazyStack was left in a model"
         assert decoder.config._attn_implementation in ("sdpa", "eager"), "the attention implementation was left changed"
-        assert not model._forward_pre_hooks, "a forward hook was left on a model"
+        hooked = (model, decoder, decoder.rotary_emb)
+        assert not any(module._forward_pre_hooks for module in hooked), "a forward hook was left on a model"

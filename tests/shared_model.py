@@ -33,6 +33,7 @@ from lazyllm import (
     ValueWeightedAttention,
     WindowAttention,
 )
+from lazyllm.models.families import contract_of
 from tests.histories import new_history
 from tests.tiny import random_ids
 
@@ -117,6 +118,13 @@ def files(model: PreTrainedModel, folder: Path, rank: int) -> tuple[bool, str]:
     return own, refusal(lambda: history.pipe.load_cache(folder / f"cache-{1 - rank}"))
 
 
+def too_few_heads(folder: Path) -> str:
+    """Why a model with one key head is refused."""
+    path = folder / "one key head"
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2))
+    return refusal(lambda: LazyPipeline(model))
+
+
 def spread_by_hand(folder: Path, mesh: Any) -> str:
     """Why a model that torch has spread over processes is refused."""
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
@@ -148,6 +156,9 @@ def main(folder: Path) -> None:
     answers: dict[str, Any] = {name: run(models[family], policies) for name, (family, policies) in CASES.items()}
     answers["reply"] = reply(models["llama"])
     answers["files"] = files(models["llama"], folder, rank)
+    answers["too few heads"] = too_few_heads(folder)
+    known = contract_of(models["llama"])
+    answers["contract is kept"] = contract_of(models["llama"], known=known) is known
     answers["by hand"] = spread_by_hand(folder, models["llama"]._device_mesh["tp"])
     torch.save(answers, folder / f"answers-{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.shared_model import CASES, FAMILIES, reply, run
 from tests.tiny import tiny_model
@@ -20,6 +21,8 @@ def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
         tiny_model(family).save_pretrained(folder / family)
+    one_key_head = AutoConfig.for_model(**{**tiny_model().config.to_dict(), "num_key_value_heads": 1})
+    AutoModelForCausalLM.from_config(one_key_head).save_pretrained(folder / "one key head")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "-m", "tests.shared_model", str(folder)],
@@ -64,6 +67,16 @@ def test_a_process_takes_up_its_own_part_of_a_saved_cache(answers):
         assert own
         assert "CacheError" in other
         assert "fingerprint" in other
+
+
+def test_a_model_that_stays_as_it_is_is_not_checked_again(answers):
+    assert all(shared["contract is kept"] for shared in answers)
+
+
+def test_heads_that_do_not_divide_are_refused(answers):
+    for shared in answers:
+        assert "UnsupportedModelError" in shared["too few heads"]
+        assert "layer 0" in shared["too few heads"]
 
 
 def test_a_model_that_was_spread_otherwise_is_refused(answers):
