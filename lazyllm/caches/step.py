@@ -180,7 +180,8 @@ class Step:
         policy = self.cache.policy
         if self.is_prefill or not policy.prunes:
             return policy.prunes
-        return any(map(policy.selects_in_decode, max(self.replied, key=lambda numbers: numbers.stop)))
+        latest = max(self.replied, key=lambda numbers: numbers.stop)
+        return any(map(policy.selects_in_decode, latest))
 
     # -- the way through the layers ------------------------------------------------------------------
 
