@@ -266,6 +266,9 @@ def test_a_conversation_branches_into_several_replies():
     first = pipe.generate(PROMPT, past_key_values=cache, max_new_tokens=3, **options)
     prompt = [*PROMPT.tolist(), *first.token_ids, 8, 9]
     options |= {"max_new_tokens": 4, "num_return_sequences": 3}
+    with pytest.raises(InputError, match="streamer"):
+        pipe.generate(prompt, past_key_values=cache, num_beams=3, streamer=Pieces(), max_new_tokens=1)
+    assert cache.batch_size == 1, "what is refused leaves the cache as it was"
     with widths(model) as seen:
         replies = lazy_tokens(pipe, prompt, {**options, "past_key_values": cache})
     assert seen[0] == 3
