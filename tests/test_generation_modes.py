@@ -432,6 +432,17 @@ def test_every_chunk_of_a_prompt_is_prefill(chunk):
     assert [step[0].is_prefill for step in trace.steps] == [True] * stats.prefill_steps + [False] * 2
 
 
+@given(policies(), st.one_of(CACHES, FORGETTING_CACHES), st.booleans())
+def test_a_reply_goes_on_in_another_call_as_it_would_have(chosen, cache, with_candidates):
+    pipe = LazyPipeline(tiny_model(), cache=cache, **chosen)
+    held, whole = pipe.new_cache(), pipe.generate(PROMPT, max_new_tokens=7, **GREEDY)
+    first = pipe.generate(PROMPT, past_key_values=held, max_new_tokens=3, **GREEDY)
+    options = {"prompt_lookup_num_tokens": 1, "max_new_tokens": 1} if with_candidates else {"max_new_tokens": 4}
+    second = pipe.generate([*PROMPT.tolist(), *first.token_ids], past_key_values=held, **GREEDY, **options)
+    assert first.token_ids + second.token_ids == whole.token_ids[: 3 + len(second.token_ids)]
+    assert second.stats.prefill_steps == 0
+
+
 def test_after_a_failure_the_cache_knows_of_no_prompt():
     class Fails(LogitsProcessor):
         def __call__(self, input_ids, scores):

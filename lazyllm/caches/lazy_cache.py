@@ -50,7 +50,7 @@ class LazyCache(Cache):
         self.rows: list[Row] = []
         self.columns = 0
         self.prompt_columns: int | None = None
-        self._copies = 1
+        self._given_columns, self._copies = 0, 1
         self._decoder: weakref.ref[nn.Module] | None = None
         self._claims: set[str] = set()
 
@@ -125,6 +125,9 @@ class LazyCache(Cache):
     def replying(self, marks: Sequence[PromptMarks], columns: int, *, copies: int = 1) -> Iterator[None]:
         """Knows the prompts while their replies are made.
 
+        Where the cache lacks only the last of their columns, as it does of a reply that it has made, the reply goes on:
+        none of them is prefill.
+
         Args:
             marks: of the prompts, one each.
             columns: how many columns the prompts have, those that the cache holds included.
@@ -134,11 +137,12 @@ class LazyCache(Cache):
             CacheError: when the rows are not a multiple of the prompts.
         """
         self.mark_prompts(marks)
-        self.prompt_columns, self._copies = columns, copies
+        goes_on = self.columns == columns - 1 > 0
+        self.prompt_columns, self._given_columns, self._copies = columns - goes_on, columns, copies
         try:
             yield
         finally:
-            self.prompt_columns, self._copies = None, 1
+            self.prompt_columns, self._given_columns, self._copies = None, 0, 1
 
     def is_prefill(self, width: int) -> bool:
         """Whether a step of `width` columns brings tokens of a prompt.
@@ -155,8 +159,8 @@ class LazyCache(Cache):
         return max(0, (self.prompt_columns or 0) - self.columns)
 
     def repeats(self, width: int) -> bool:
-        """Whether a step of `width` columns of a reply begins with those that are here: it has the whole prompt."""
-        return self.prompt_columns is not None and 0 < self.columns < self.prompt_columns <= width
+        """Whether a step of `width` columns begins with those that are here: while some are missing, it has all."""
+        return 0 < self.columns < self._given_columns <= width
 
     @contextmanager
     def claim(self, use: Literal["generation", "step"]) -> Iterator[None]:
