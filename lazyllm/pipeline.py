@@ -349,9 +349,8 @@ class LazyPipeline:
                     f"the prompt has {ids.shape[1]} tokens, its cache already holds {cache.columns}; "
                     "give the whole conversation, what the cache holds and what is new"
                 )
-            if cache.batch_size == len(prompts):  # one row for each prompt, whatever becomes of it
-                cache.batch_repeat_interleave(asked.copies)
-            with cache.replying([prompt.marks for prompt in prompts], ids.shape[1]), _refusing(recorder):
+            marks = [prompt.marks for prompt in prompts]
+            with cache.replying(marks, ids.shape[1], copies=asked.copies), _refusing(recorder):
                 output = lazy.generate(ids, attention_mask=mask, **given)
             recorder.reading_flops = self._read_flops - read_before
         recorder.kv_bytes, recorder.aux_bytes = cache.kv_bytes, cache.aux_bytes

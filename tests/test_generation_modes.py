@@ -266,6 +266,9 @@ def test_a_conversation_branches_into_several_replies():
     first = pipe.generate(PROMPT, past_key_values=cache, max_new_tokens=3, **options)
     prompt = [*PROMPT.tolist(), *first.token_ids, 8, 9]
     options |= {"max_new_tokens": 4, "num_return_sequences": 3}
+    with pytest.raises(InputError, match="streamer"):
+        pipe.generate(prompt, past_key_values=cache, num_beams=3, streamer=Pieces(), max_new_tokens=1)
+    assert cache.batch_size == 1, "what is refused leaves the cache as it was"
     with widths(model) as seen:
         replies = lazy_tokens(pipe, prompt, {**options, "past_key_values": cache})
     assert seen[0] == 3
@@ -427,6 +430,17 @@ def test_every_chunk_of_a_prompt_is_prefill(chunk):
     stats = pipe.generate(PROMPT, prefill_chunk_size=chunk, max_new_tokens=3, **GREEDY).stats
     assert stats.prefill_steps == -(-27 // chunk)
     assert [step[0].is_prefill for step in trace.steps] == [True] * stats.prefill_steps + [False] * 2
+
+
+@given(policies(), st.one_of(CACHES, FORGETTING_CACHES), st.booleans())
+def test_a_reply_goes_on_in_another_call_as_it_would_have(chosen, cache, with_candidates):
+    pipe = LazyPipeline(tiny_model(), cache=cache, **chosen)
+    held, whole = pipe.new_cache(), pipe.generate(PROMPT, max_new_tokens=7, **GREEDY)
+    first = pipe.generate(PROMPT, past_key_values=held, max_new_tokens=3, **GREEDY)
+    options = {"prompt_lookup_num_tokens": 1, "max_new_tokens": 1} if with_candidates else {"max_new_tokens": 4}
+    second = pipe.generate([*PROMPT.tolist(), *first.token_ids], past_key_values=held, **GREEDY, **options)
+    assert first.token_ids + second.token_ids == whole.token_ids[: 3 + len(second.token_ids)]
+    assert second.stats.prefill_steps == 0
 
 
 def test_after_a_failure_the_cache_knows_of_no_prompt():

@@ -320,8 +320,8 @@ def test_beams_continue_like_runs_of_their_own():
 def test_beams_that_share_a_parent_do_not_share_a_memory():
     history = fresh()
     prefill(history, random_ids(2, 20))
-    history.cache.reorder_cache(torch.tensor([1, 1]))
-    left, right = (row.memory(0) for row in history.cache.rows)
+    parent = history.cache.rows[1]
+    left, right = parent.memory(0), parent.copy().memory(0)
     before = right.gather(torch.arange(20)).clone()
     left.crop(3)
     assert len(right) == 20

@@ -50,6 +50,7 @@ class LazyCache(Cache):
         self.rows: list[Row] = []
         self.columns = 0
         self.prompt_columns: int | None = None
+        self._given_columns, self._copies = 0, 1
         self._decoder: weakref.ref[nn.Module] | None = None
         self._adapters: str | None = None
         self._claims: set[str] = set()
@@ -92,10 +93,16 @@ class LazyCache(Cache):
         return fingerprint(decoder, self._adapters)
 
     def open_rows(self, rows: int, layers: int) -> None:
-        """Makes the rows at the first step, one for each prompt, and checks the batch size at later ones."""
+        """Makes the rows at the first step, one for each prompt, and checks the batch size at later ones.
+
+        Raises:
+            CacheError: when the batch has other rows.
+        """
         if not self.rows:
             prompts = [Row(layers, self.policy, marks) for marks in self._prompt_marks(rows)]
             self.rows = [row for row in prompts for _ in range(rows // len(prompts))]
+        elif len(self.rows) * self._copies == rows:
+            self.batch_repeat_interleave(self._copies)
         elif len(self.rows) != rows:
             raise CacheError(f"the cache holds {len(self.rows)} rows, the batch has {rows}")
 
@@ -127,18 +134,27 @@ class LazyCache(Cache):
         return prompts
 
     @contextmanager
-    def replying(self, marks: Sequence[PromptMarks], columns: int) -> Iterator[None]:
-        """Knows the prompts, and that they end before column `columns`, while their replies are made.
+    def replying(self, marks: Sequence[PromptMarks], columns: int, *, copies: int = 1) -> Iterator[None]:
+        """Knows the prompts while their replies are made.
+
+        Where the cache lacks only the last of their columns, as it does of a reply that it has made, the reply goes on:
+        none of them is prefill.
+
+        Args:
+            marks: of the prompts, one each.
+            columns: how many columns the prompts have, those that the cache holds included.
+            copies: how many rows the batch has for each prompt; the cache may still have one.
 
         Raises:
             CacheError: when the rows are not a multiple of the prompts.
         """
         self.mark_prompts(marks)
-        self.prompt_columns = columns
+        goes_on = self.columns == columns - 1 > 0
+        self.prompt_columns, self._given_columns, self._copies = columns - goes_on, columns, copies
         try:
             yield
         finally:
-            self.prompt_columns = None
+            self.prompt_columns, self._given_columns, self._copies = None, 0, 1
 
     def is_prefill(self, width: int) -> bool:
         """Whether a step of `width` columns brings tokens of a prompt.
@@ -155,8 +171,8 @@ class LazyCache(Cache):
         return max(0, (self.prompt_columns or 0) - self.columns)
 
     def repeats(self, width: int) -> bool:
-        """Whether a step of `width` columns of a reply begins with those that are here: it has the whole prompt."""
-        return self.prompt_columns is not None and 0 < self.columns < self.prompt_columns <= width
+        """Whether a step of `width` columns begins with those that are here: while some are missing, it has all."""
+        return 0 < self.columns < self._given_columns <= width
 
     @contextmanager
     def claim(self, use: Literal["generation", "step"]) -> Iterator[None]:

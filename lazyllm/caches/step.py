@@ -180,8 +180,8 @@ class Step:
         policy = self.cache.policy
         if self.is_prefill or not policy.prunes:
             return policy.prunes
-        latest = max(self.replied, key=lambda numbers: numbers.stop)
-        return any(map(policy.selects_in_decode, latest))
+        numbers = max(self.replied, key=lambda replied: replied.stop)
+        return any(map(policy.selects_in_decode, numbers))
 
     # -- the way through the layers ------------------------------------------------------------------
 
