@@ -82,7 +82,7 @@ class ReplayStack(nn.Module):
         self.original = [decoder.layers]
         self.states: list[Tensor] = []
 
-    def forward(self, hidden: Tensor, position_embeddings: Any = None, **_: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         decoder = self.decoder[0]
         positions = self.positions[None]
         two_ropes = isinstance(getattr(decoder.config, "rope_parameters", None), dict) and (

@@ -245,6 +245,22 @@ def test_a_further_turn_stands_behind_the_image(kind: str):
 
 
 @pytest.mark.parametrize("kind", THREE_AXES)
+def test_a_row_with_an_image_does_not_depend_on_its_neighbours(kind: str):
+    model, shown = model_of(kind), [picture(kind), picture(kind, columns=12)]
+    pipe = LazyPipeline(model, scorer=LastTokenAttention(), schedule=Constant(0.5, start=1))
+    asked = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
+    alone = [pipe.generate(one.ids[0], **one.inputs, **asked).output.logits for one in shown]
+    width = max(one.ids.shape[1] for one in shown)
+    kinds = [one.inputs["mm_token_type_ids"] for one in shown]
+    inputs = {name: torch.cat([one.inputs[name] for one in shown]) for name in ("pixel_values", "image_grid_thw")}
+    inputs["mm_token_type_ids"] = torch.cat([torch.nn.functional.pad(k, (width - k.shape[1], 0)) for k in kinds])
+    together = pipe.generate([one.ids[0].tolist() for one in shown], **inputs, **asked)[0].output.logits
+    for step, logits in enumerate(together):
+        expected = torch.cat([alone[row][step] for row in (0, 1)])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", THREE_AXES)
 def test_where_tokens_stand_is_saved_with_a_cache(kind: str, tmp_path):
     model, shown = model_of(kind), picture(kind)
     pipe = LazyPipeline(model, scorer=LastTokenAttention(), schedule=Constant(0.5, start=1))

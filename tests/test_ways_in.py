@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, PreTrainedModel, TorchAoConfig
 
 from lazyllm import AuxCache, CacheError, Constant, InputError, LazyPipeline, UnsupportedModelError, WindowAttention
 from lazyllm.models.families import contract_of
+from lazyllm.models.flops import flop_model
 from lazyllm.models.loading import load_model
 from tests.histories import History, Moving, new_history
 from tests.replay import assert_replays
@@ -61,6 +62,50 @@ def assert_dense_is_stock(model: PreTrainedModel, tolerance: float = 0.0) -> Non
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
     reply = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GREEDY)[0, 20:]
     assert pipe.generate(ids[0], **GREEDY).token_ids == reply.tolist()
+
+
+# -- layers that are called in their own way -----------------------------------------------------------
+
+
+def gemma4(kernel: str = "sdpa", **options) -> PreTrainedModel:
+    """Heads of two sizes; layers that take what they have of their own by position."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": 16, "sliding_window": 9}
+    types = ["sliding_attention", "full_attention"] * 2
+    own = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 96, **options}
+    config = Gemma4TextConfig(**sizes, **heads, **own, layer_types=types)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=kernel)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25) if parameter.ndim > 1 else None
+    return model.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_layers_with_heads_of_two_sizes(kernel: str):
+    model = gemma4(kernel)
+    assert_dense_is_stock(model)
+    assert_replays(history_of(model))
+    small, *_, large = flop_model(model, contract_of(model)).per_pair
+    assert (small, large) == (4 * 4 * 8, 4 * 4 * 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"hidden_size_per_layer_input": 8}, "cannot run on a packed step"), ({"num_kv_shared_layers": 2}, "type dummy")],
+)
+def test_layers_with_inputs_or_keys_from_elsewhere_are_refused(options, message: str):
+    with pytest.raises(UnsupportedModelError, match=message):
+        pruning(gemma4(**options))
+
+
+def test_a_tensor_that_goes_to_every_layer_is_refused():
+    pipe, ids = pruning(tiny_model()), random_ids(1, 20)
+    cache = pipe.new_cache()
+    message = r"LlamaModel hands its layers a tensor of its own \(one_per_token\)"
+    with torch.no_grad(), pipe.attached() as model, pytest.raises(UnsupportedModelError, match=message):
+        model(ids, past_key_values=cache, one_per_token=torch.ones(1, 20))
+    assert cache.columns == 0
 
 
 # -- adapters ------------------------------------------------------------------------------------------

@@ -41,14 +41,18 @@ class FlopModel:
 def flop_model(model: PreTrainedModel, contract: DecoderContract) -> FlopModel:
     """Reads the costs off a model's weights; of a mixture of experts, only the experts a token visits count."""
     config: Any = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings()
     return FlopModel(
         per_token=tuple(2 * active_weights(layer, config) for layer in contract.layers),
-        per_pair=(4 * heads * head_dim,) * len(contract.layers),
+        per_pair=tuple(4 * _query_width(layer) for layer in config.per_layer_config[: len(contract.layers)]),
         per_logits=2 * sum(weight.numel() for weight in head.parameters()) if head is not None else 0,
     )
+
+
+def _query_width(config: Any) -> int:
+    """Numbers in the queries of one token, over all heads, in a layer with this configuration."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_attention_heads * head_dim)
 
 
 def active_weights(layer: nn.Module, config: Any) -> int:
@@ -57,7 +61,8 @@ def active_weights(layer: nn.Module, config: Any) -> int:
     A linear layer counts by its inputs and outputs, in whatever form its weights are packed.
     """
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    share = config.num_experts_per_tok / experts if experts else 1
+    visited = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    share = visited / experts if visited and experts else 1
     linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     counted = {id(weight) for module in linear for weight in module.parameters(recurse=False)}
     total = sum(module.in_features * module.out_features for module in linear)

@@ -17,7 +17,7 @@ from lazyllm.caches.arrival import Arrival
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.step import Step, open_step
 from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEnd
-from lazyllm.errors import CacheError, InputError
+from lazyllm.errors import CacheError, InputError, UnsupportedModelError
 from lazyllm.models.attention import AttentionPlan, Captured, Peeked, RowPlan
 from lazyllm.models.families import DecoderContract
 from lazyllm.models.layers import Packed, RunLayer, noting_updates, run_layer
@@ -61,7 +61,7 @@ class LazyStack(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        *,
+        *others: object,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: LazyCache | None = None,
@@ -73,6 +73,7 @@ class LazyStack(nn.Module):
         n is t, or as many columns at the end as the caller of the model said it would read (`logits_to_keep`). Where
         the call brings the end of a prompt and candidates for its reply, that is a prefill and a decode step.
         """
+        self._refuse_tensors(*others, **kwargs)
         cache = self._admit(past_key_values, hidden_states)
         keep = (self.logits_to_keep or None) if isinstance(self.logits_to_keep, int) else None
         arrival = Arrival(hidden_states, attention_mask, position_ids, self.places, self.token_ids, keep)
@@ -112,6 +113,16 @@ class LazyStack(nn.Module):
             output = step.output(allow_missing=self.missing == "nan")
         self._tell_end(step)
         return output
+
+    def _refuse_tensors(self, *others: object, **options: object) -> None:
+        """Refuses what the decoder computes for each token of the prompt and hands to its layers by another name."""
+        given = ["one by position" for other in others if other is not None]
+        given += [name for name, option in options.items() if isinstance(option, Tensor)]
+        if given:
+            raise UnsupportedModelError(
+                f"{type(self.contract.decoder).__name__} hands its layers a tensor of its own ({', '.join(given)}), "
+                "which lazyllm cannot cut to the tokens that are computed"
+            )
 
     def _admit(self, cache: object, hidden: Tensor) -> LazyCache:
         """Refuses what cannot work before anything runs."""
