@@ -251,7 +251,7 @@ WRONG = {
     "no items at all": ({"tasks": ["needle"], "items": 0}, "at least 1, got 0"),
     "no tasks": ({"tasks": []}, "at least one task"),
     "short prompts": ({"tokens": 10}, "at least 300 tokens, got 10"),
-    "a question": ({"question": "lst"}, "'last', 'first' or 'middle'"),
+    "a question": ({"question": "lst"}, "'last', 'first', 'middle' or 'later'"),
     "a question on an axis": ({"axes": [{"field": "question", "values": ["lst"]}]}, "Did you mean 'last'"),
     "a dtype": ({"dtype": "float31"}, "Did you mean 'float32'"),
     "two kinds": ({"axes": [{"field": "chunk", "values": [1], "sweep": "A", "a": [1]}]}, "values, sweep"),

@@ -199,7 +199,7 @@ class Step:
         Tokens in flight that are not in `todo` were pruned: they are parked.
         """
         if todo is not self.flight:
-            packed = self.states[0].split(token_counts(self.flight))
+            packed = self.row_states()
             self.states = torch.cat([self._next_states(row, todo[row], states) for row, states in enumerate(packed)])[
                 None
             ]
@@ -226,13 +226,17 @@ class Step:
         merged[revived.to(states.device)] = self.rows[row].frontier.read(todo[revived]).to(states)
         return merged
 
+    def row_states(self) -> tuple[Tensor, ...]:
+        """By row, the states [t, c] of the tokens in flight."""
+        return self.states[0].split(token_counts(self.flight))
+
     def peek(self, visible: list[Tensor], layer: int) -> tuple[list[Tensor], Tensor]:
         """What `layer` would compute were all of `visible` to enter it: by row the tokens, and their states [1, t, c].
 
         To be asked between the layer before and `layer`; changes nothing.
         """
         todo = [row.ledger.ready(tokens, layer) for row, tokens in zip(self.rows, visible, strict=True)]
-        packed = self.states[0].split(token_counts(self.flight))
+        packed = self.row_states()
         return todo, torch.cat([self._peek_row(row, todo[row], states) for row, states in enumerate(packed)])[None]
 
     def _peek_row(self, row: int, todo: Tensor, states: Tensor) -> Tensor:
@@ -311,7 +315,7 @@ class Step:
             row.ledger.advance(tokens, layer)
         if layer + 1 == self._retreat_layer:
             for row, tokens, states in zip(
-                self.rows, self.flight, self.states[0].split(token_counts(self.flight)), strict=True
+                self.rows, self.flight, self.row_states(), strict=True
             ):
                 row.origins.append(tokens, states)
 
@@ -343,7 +347,7 @@ class Step:
 
     def _unpacked(self, allow_missing: bool) -> Tensor:
         """The same for each row of the cache once."""
-        packed = self.states[0].split(token_counts(self.flight))
+        packed = self.row_states()
         reached = [tokens[tokens >= self._first_new(row)] for row, tokens in enumerate(self.flight)]
         for row, states in enumerate(packed):
             if states.shape[0]:

@@ -40,5 +40,5 @@ class DepthLimit:
 
     def select(self, step: Step, layer: int, visible: list[Tensor], readings: Readings) -> list[Tensor]:
         """By row, all of `visible`, or none once `depth` layers have run."""
-        self.selector.remember(step, layer, readings)
+        self.selector.remember(step, layer, step.row_states(), readings)
         return visible if layer + 1 < self.depth else [no_tokens() for _ in visible]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import product
 
@@ -97,9 +97,9 @@ class Selector:
         bounded = not revives or step.most_revived is not None
         if not self._may_narrow(step, layer + 1, bounded):
             return visible
-        states = step.states[0].split([tokens.numel() for tokens in step.flight])
+        states = step.row_states()
         chosen = []
-        self.remember(step, layer, readings)
+        self.remember(step, layer, states, readings)
         for index, tokens in enumerate(visible):
             keep = self._cut(step, index, layer + 1, tokens)
             if not revives or (keep is None and bounded):
@@ -109,10 +109,12 @@ class Selector:
             chosen.append(tokens)
         return chosen
 
-    def remember(self, step: Step, layer: int, readings: Readings) -> None:
-        """Keeps what the scorer will look back on where tokens are chosen after `layer`, now or in a later step."""
+    def remember(self, step: Step, layer: int, states: Sequence[Tensor], readings: Readings) -> None:
+        """Keeps what the scorer will look back on where tokens are chosen after `layer`, now or in a later step.
+
+        `states` are by row those [t, c] of the tokens in flight.
+        """
         if layer + 1 in self.cut_layers and step.cache.policy.prunes:
-            states = step.states[0].split([tokens.numel() for tokens in step.flight])
             for index, own in enumerate(states):
                 self._scoring.note(step, index, layer, own, readings)
 
