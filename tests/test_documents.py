@@ -19,6 +19,7 @@ from lazyllm import (
     Constant,
     DenseCache,
     DropCache,
+    EvictingCache,
     Funnel,
     InputError,
     LastTokenAttention,
@@ -224,6 +225,30 @@ def test_a_question_that_fails_leaves_the_document(depth, steps):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
     asked.pipe = pipe
     asked.ask(QUESTION, **GREEDY)
+
+
+def test_one_question_at_a_time():
+    """A second one is refused before it touches what the first one is using."""
+    document = new_pipe().load(TEXT)
+
+    class Asking(Callback):
+        def on_layer_end(self, event):
+            with pytest.raises(CacheError, match="another question"):
+                document.ask(SECOND, **GREEDY)
+
+    expected = document.fork().ask(QUESTION, **GREEDY)
+    assert document.ask(QUESTION, callbacks=[Asking()], **GREEDY).token_ids == expected.token_ids
+    assert document.ask(SECOND, **GREEDY).token_ids
+
+
+def test_a_cache_that_evicts_is_as_it_was_after_a_question():
+    pipe = new_pipe(cache=EvictingCache(scorer=WindowAttention(window=4), budget=10))
+    document = pipe.load(TEXT, depth=LAYERS)
+    before = {name: tensor.clone() for name, tensor in document.cache.rows[0].state().items()}
+    replies = [document.ask(QUESTION, **GREEDY).token_ids for _ in range(2)]
+    assert replies[0] == replies[1]
+    after = document.cache.rows[0].state()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_the_system_message_is_protected_where_the_pipeline_protects_it():

@@ -175,8 +175,8 @@ class LazyCache(Cache):
         return 0 < self.columns < self._given_columns <= width
 
     @contextmanager
-    def claim(self, use: Literal["generation", "step"]) -> Iterator[None]:
-        """Claims the cache for one generation, or for one step of it.
+    def claim(self, use: Literal["question", "generation", "step"]) -> Iterator[None]:
+        """Claims the cache for one question to a document, for one generation, or for one step of it.
 
         Raises:
             CacheError: when it is claimed for the same use already.

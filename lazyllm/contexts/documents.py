@@ -161,16 +161,20 @@ class Document:
 
         Raises:
             InputError: for a blank question, a part that does not begin at position 0, or when positions run out.
+            CacheError: while another question is answered; ask a `fork()`, or wait for its end.
         """
         if "past_key_values" in options:
             raise InputError("a document has its own cache; give past_key_values to pipe.generate")
         encoded = self.prompt(question, query=query)
-        loaded = self.cache.columns
-        try:
-            return self.pipe.generate(encoded, past_key_values=self.cache, **options)
-        finally:
-            self.cache.crop(loaded - self.cache.columns)
-            self.cache.batch_select_indices(torch.tensor([0]))  # of several replies
+        if not self.pipe.config.cache.revives:  # a question takes nothing deeper, and may evict
+            return self.pipe.generate(encoded, past_key_values=self.cache.fork(), **options)
+        with self.cache.claim("question"):
+            loaded = self.cache.columns
+            try:
+                return self.pipe.generate(encoded, past_key_values=self.cache, **options)
+            finally:
+                self.cache.crop(loaded - self.cache.columns)
+                self.cache.batch_select_indices(torch.tensor([0]))  # of several replies
 
     def stream(self, question: str, **options: Any) -> TextStream:
         """Answers a question in the background and yields text as it comes; as `ask` otherwise."""
