@@ -23,7 +23,7 @@ from lazyllm.caches import (
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
-from lazyllm.conversation import Conversation, Turn
+from lazyllm.conversation import Conversation
 from lazyllm.documents import Document, LoadStats
 from lazyllm.errors import (
     AttachError,
@@ -80,6 +80,7 @@ from lazyllm.policies import (
 )
 from lazyllm.prefixes import PrefixCache, PrefixStats
 from lazyllm.result import GenerationResult, GenerationStats
+from lazyllm.turns import Turn
 
 __version__ = "0.1.0"
 

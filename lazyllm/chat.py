@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lazyllm.conversation import Conversation, Turn
+from lazyllm.conversation import Conversation
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.prompts import decode_text
 from lazyllm.terminal import LiveLine, Wrapped, piped, printable, typed
+from lazyllm.turns import Turn
 
 if TYPE_CHECKING:
     from lazyllm.pipeline import LazyPipeline

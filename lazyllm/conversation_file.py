@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lazyllm.conversation import Conversation, Opening, Overflow, Turn
+from lazyllm.conversation import Conversation, Overflow
 from lazyllm.errors import CacheError
 from lazyllm.policies.base import explain
+from lazyllm.turns import Opening, Turn
 
 if TYPE_CHECKING:
     from lazyllm.pipeline import LazyPipeline

@@ -45,6 +45,7 @@ from lazyllm.policies.select import Selector
 from lazyllm.prefixes import PrefixCache
 from lazyllm.prompts import EncodedPrompt, Prompt, encode, end_token_ids, is_batch, pad_left, rows_per_prompt
 from lazyllm.result import GenerationResult, GenerationStats, Lengths, StepRecorder, make_stats
+from lazyllm.turns import Tool
 
 
 class LazyPipeline:
@@ -410,7 +411,7 @@ class LazyPipeline:
         *,
         documents: Documents = (),
         system: str | None = None,
-        tools: Sequence[Any] = (),
+        tools: Sequence[Tool] = (),
         overflow: Overflow = "error",
     ) -> Conversation:
         """A conversation in turns over one cache.
