@@ -23,9 +23,10 @@ from lazyllm.caches import (
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, ProgressBar, TokenTrace
 from lazyllm.config import LazyConfig, preset_names
-from lazyllm.contexts.conversation import Conversation, Turn
+from lazyllm.contexts.conversation import Conversation
 from lazyllm.contexts.documents import Document, LoadStats
 from lazyllm.contexts.prefixes import PrefixCache, PrefixStats
+from lazyllm.contexts.turns import Turn
 from lazyllm.errors import (
     AttachError,
     CacheError,

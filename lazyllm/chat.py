@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lazyllm.contexts.conversation import Conversation, Turn
+from lazyllm.contexts.conversation import Conversation
+from lazyllm.contexts.turns import Turn
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.prompts import decode_text
 from lazyllm.terminal import LiveLine, Wrapped, piped, printable, typed

@@ -27,6 +27,7 @@ from lazyllm.contexts.conversation import Conversation, Documents, Overflow
 from lazyllm.contexts.conversation_file import load_conversation
 from lazyllm.contexts.documents import LAYOUT, Document, load_document, open_document
 from lazyllm.contexts.prefixes import PrefixCache
+from lazyllm.contexts.turns import Tool
 from lazyllm.errors import AttachError, CacheError, ConfigError, InputError, LazyLLMError
 from lazyllm.generation import Options, reply_tokens
 from lazyllm.models.adapters import unwrapped
@@ -483,7 +484,7 @@ class LazyPipeline:
         *,
         documents: Documents = (),
         system: str | None = None,
-        tools: Sequence[Any] = (),
+        tools: Sequence[Tool] = (),
         overflow: Overflow = "error",
     ) -> Conversation:
         """A conversation in turns over one cache.

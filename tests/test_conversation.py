@@ -3,6 +3,7 @@
 import errno
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from lazyllm import (
     Stages,
     TokenTrace,
     WindowAttention,
+    conversation,
 )
 from lazyllm.caches.saved import DOCUMENT as CACHE_DOCUMENT
 from lazyllm.contexts.prefixes import held_ids
@@ -158,6 +160,18 @@ def test_documents_with_positions_between_them_fill_the_context_sooner():
     with pytest.raises(InputError, match=rf"has {needed} tokens, the reply may take max_new_tokens={257 - needed}"):
         chat.ask("w1 ?", max_new_tokens=257 - needed)
     assert chat.ask("w1 ?", max_new_tokens=256 - needed, do_sample=False).stats.reused_tokens == len(loaded)
+
+
+def test_the_time_to_the_first_token_begins_with_the_call(monkeypatch):
+    chat, encode = talked(0), conversation.encode_turn
+
+    def slow(*arguments, **options):
+        time.sleep(0.3)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(conversation, "encode_turn", slow)
+    assert chat.ask("w1 ?", **GREEDY).stats.ttft_seconds > 0.3
+    assert chat.turns[0].stats.ttft_seconds > 0.3
 
 
 # -- what a template changes -------------------------------------------------------------------------

@@ -314,9 +314,7 @@ class Step:
         for row, tokens in zip(self.rows, self.flight, strict=True):
             row.ledger.advance(tokens, layer)
         if layer + 1 == self._retreat_layer:
-            for row, tokens, states in zip(
-                self.rows, self.flight, self.row_states(), strict=True
-            ):
+            for row, tokens, states in zip(self.rows, self.flight, self.row_states(), strict=True):
                 row.origins.append(tokens, states)
 
     def evict(self, row: int, layer: int, slots: Tensor) -> None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from transformers.utils import get_json_schema
-
 from lazyllm.caches.lazy_cache import LazyCache
-from lazyllm.contexts.documents import SEPARATOR, Document
+from lazyllm.contexts.documents import Document
 from lazyllm.contexts.prefixes import take_up
+from lazyllm.contexts.turns import Opening, Tool, Turn, message_of, schema_of
 from lazyllm.errors import CacheError, InputError
 from lazyllm.generation import Options
 from lazyllm.policies.query import Query, check_query
-from lazyllm.prompts import PLACEHOLDER, EncodedPrompt, Message, check_not_blank, encode_turn
-from lazyllm.result import GenerationResult, GenerationStats
+from lazyllm.prompts import PLACEHOLDER, EncodedPrompt, Message, encode_turn
+from lazyllm.result import GenerationResult
 
 if TYPE_CHECKING:
     from lazyllm.pipeline import LazyPipeline
@@ -32,75 +32,6 @@ NEW_TOKENS = 256
 """The longest reply, unless asked otherwise."""
 Documents = str | Document | Sequence[str | Document]
 """Texts, or documents that were loaded."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question and its reply.
-
-    Attributes:
-        asked: the message that asked.
-        reply: the assistant's message.
-        stats: what the reply has cost; `stats.reused_tokens` tells what was computed before.
-        rewritten_tokens: tokens the cache held that were dropped, as the conversation now has others in their place;
-            what still stands behind the first of them was computed anew.
-        context_tokens: how many tokens stand before what was asked.
-        forgotten_turns: how many of the oldest turns were no longer in the context.
-    """
-
-    asked: dict[str, Any]
-    reply: dict[str, Any]
-    stats: GenerationStats
-    rewritten_tokens: int
-    context_tokens: int
-    forgotten_turns: int
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a conversation begins with.
-
-    Attributes:
-        system: the system message, if any.
-        documents: text before the first question, in its message.
-        behind: text behind it.
-        pieces: how the prompt begins where documents were loaded, in parts that were tokenised by themselves.
-        tools: definitions of tools, as JSON schemas.
-    """
-
-    system: str | None = None
-    documents: str = ""
-    behind: str = ""
-    pieces: tuple[str, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
-
-    @classmethod
-    def of(cls, documents: Sequence[str], system: str | None) -> Opening:
-        """That of a conversation about texts.
-
-        Raises:
-            InputError: when one is blank or no text.
-        """
-        for number, text in enumerate(documents):
-            if not isinstance(text, str):
-                raise InputError(f"document {number} is of type {type(text).__name__}, not a text: {repr(text)[:80]}")
-            check_not_blank(text, f"document {number}")
-        if system is not None:
-            check_not_blank(system, "the system message")
-        return cls(system, "".join(text.strip() + SEPARATOR for text in documents))
-
-    @classmethod
-    def of_loaded(cls, document: Document) -> Opening:
-        """That of a conversation whose rendering begins with what the document's cache holds."""
-        frame = document.frame
-        before, _, behind = frame.content(document.documents, PLACEHOLDER).partition(PLACEHOLDER)
-        return cls(frame.system, before, behind, tuple(str(piece.text) for piece in document.pieces))
-
-    def messages(self, said: Sequence[Message]) -> list[dict[str, Any]]:
-        """A chat that goes on with what was `said`."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        opened = [{**message, "content": f"{self.documents}{message['content']}{self.behind}"} for message in said[:1]]
-        return [*system, *opened, *map(dict, said[1:])]
 
 
 @dataclass(frozen=True)
@@ -126,6 +57,7 @@ class _Question:
         cache: a fork that holds what the reply can go on from.
         rewritten_tokens: how many tokens of the cache it does not hold.
         new_tokens: longest reply.
+        seconds: how long it took to come this far.
     """
 
     asked: dict[str, Any]
@@ -134,6 +66,11 @@ class _Question:
     cache: LazyCache
     rewritten_tokens: int
     new_tokens: int
+    seconds: float
+
+    def timed(self, result: GenerationResult) -> GenerationResult:
+        """The result, with the time that rendering and tokenisation took before it."""
+        return replace(result, stats=replace(result.stats, ttft_seconds=self.seconds + result.stats.ttft_seconds))
 
     def answered(self, result: GenerationResult) -> Turn:
         """The turn, with its reply."""
@@ -164,7 +101,7 @@ class Conversation:
         *,
         documents: Documents = (),
         system: str | None = None,
-        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] = (),
+        tools: Sequence[Tool] = (),
         overflow: Overflow = "error",
     ) -> None:
         if pipe.tokenizer is None or pipe.tokenizer.chat_template is None:
@@ -184,7 +121,7 @@ class Conversation:
             opening, cache = Opening.of_loaded(loaded[0]), loaded[0].cache.fork()
         else:
             opening, cache = Opening.of(cast(list[str], given), system), pipe.bound_cache()
-        self._opening, self._state = replace(opening, tools=tuple(map(_schema, tools))), _State(cache)
+        self._opening, self._state = replace(opening, tools=tuple(map(schema_of, tools))), _State(cache)
 
     @classmethod
     def restored(
@@ -252,7 +189,8 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """A conversation that goes on from here by itself; both share their memory until one of them writes."""
-        return Conversation.restored(self._pipe, self.opening, self.overflow, self.cache.fork(), self.turns)
+        state = self._state  # which a turn in another thread may replace meanwhile
+        return Conversation.restored(self._pipe, self.opening, self.overflow, state.cache.fork(), state.turns)
 
     def save(self, path: str | Path) -> Path:
         """Writes messages, statistics and cache to one file, which `pipe.load_conversation` reads.
@@ -262,14 +200,15 @@ class Conversation:
         """
         from lazyllm.contexts.conversation_file import save_conversation  # which needs this class
 
-        return save_conversation(self, path)
+        return save_conversation(self.fork(), path)
 
     # -- what it is --------------------------------------------------------------------------------
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The chat that is in the context, as the template gets it."""
-        return self._messages(self._state.forgotten_turns)
+        state = self._state
+        return self._messages(state.turns[state.forgotten_turns :])
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -305,15 +244,17 @@ class Conversation:
 
     def _question(self, text: str | Message, new_tokens: int, query: Query, options: Mapping[str, Any]) -> _Question:
         """Everything that can be refused before the model runs."""
+        began = time.perf_counter()
         if taken := sorted({"past_key_values", "prefixes"} & options.keys()):
             raise InputError(f"a conversation has a cache of its own; leave out {taken[0]}")
         if (rows := Options(options, self._pipe.model).copies) > 1:
             raise InputError(f"a conversation goes on from one row, these options make {rows}; ask for one reply")
-        asked = _message(text)
+        asked = message_of(text)
         forgotten, encoded = self._fitting(asked, new_tokens, check_query(query))
         cache = self._state.cache.fork()
-        held = cache.columns
-        return _Question(asked, encoded, forgotten, cache, held - take_up(cache, encoded.token_ids), new_tokens)
+        rewritten = cache.columns - take_up(cache, encoded.token_ids)
+        seconds = time.perf_counter() - began
+        return _Question(asked, encoded, forgotten, cache, rewritten, new_tokens, seconds)
 
     def _fitting(self, asked: dict[str, Any], new_tokens: int, query: Query) -> tuple[int, EncodedPrompt]:
         """How many of the oldest turns are left out, and the conversation without them.
@@ -324,7 +265,7 @@ class Conversation:
         longest, skipped = self._pipe.max_positions, _skipped_positions(self._state.cache)
         encoded = None
         for left_out in self._choices(asked):
-            encoded = self._encode(left_out, asked, query)
+            encoded = self._encode(self.turns[left_out:], asked, query)
             if longest is None or skipped + len(encoded.token_ids) + new_tokens <= longest:
                 return left_out, encoded
         if encoded is None:
@@ -344,17 +285,17 @@ class Conversation:
         roles = [turn.asked["role"] for turn in self.turns] + [asked["role"]]
         return [left_out for left_out in range(now, last + 1) if roles[left_out] == "user"]
 
-    def _messages(self, left_out: int, *asked: Message) -> list[dict[str, Any]]:
-        said = [message for turn in self.turns[left_out:] for message in (turn.asked, turn.reply)]
+    def _messages(self, turns: Sequence[Turn], *asked: Message) -> list[dict[str, Any]]:
+        said = [message for turn in turns for message in (turn.asked, turn.reply)]
         return self._opening.messages([*said, *asked])
 
-    def _encode(self, left_out: int, asked: dict[str, Any], query: Query) -> EncodedPrompt:
+    def _encode(self, turns: Sequence[Turn], asked: dict[str, Any], query: Query) -> EncodedPrompt:
         return encode_turn(
-            self._messages(left_out, asked),
+            self._messages(turns, asked),
             cast(Any, self._pipe.tokenizer),
             self._pipe.config.protect.model_copy(update={"system": True}),
             query,
-            blank=self._messages(left_out, {**asked, "content": PLACEHOLDER}),
+            blank=self._messages(turns, {**asked, "content": PLACEHOLDER}),
             tools=self._opening.tools,
             pieces=self._opening.pieces,
         )
@@ -363,7 +304,7 @@ class Conversation:
         made = self._pipe.generate(
             question.encoded, past_key_values=question.cache, max_new_tokens=question.new_tokens, **options
         )
-        result = cast(GenerationResult, made)
+        result = question.timed(cast(GenerationResult, made))
         self._state = _State(question.cache, (*self._state.turns, question.answered(result)))
         return result
 
@@ -378,22 +319,3 @@ def _skipped_positions(cache: LazyCache) -> int:
     """Positions that no token has, between documents that were loaded apart."""
     ledger = cache.rows[0].ledger if cache.rows else None
     return int(ledger.position[-1]) + 1 - len(ledger) if ledger is not None and len(ledger) else 0
-
-
-def _message(text: str | Message) -> dict[str, Any]:
-    """The message that asks, without surrounding space."""
-    asked = {"role": "user", "content": text} if isinstance(text, str) else dict(text)
-    if "role" not in asked or not isinstance(asked.get("content"), str):
-        raise InputError(f"a message has a role and a content that is a text, got {asked!r}")
-    return {**asked, "content": check_not_blank(asked["content"], "the question").strip()}
-
-
-def _schema(tool: Mapping[str, Any] | Callable[..., Any]) -> dict[str, Any]:
-    """A tool's definition as the template gets it."""
-    if isinstance(tool, Mapping):
-        return dict(tool)
-    try:
-        schema: dict[str, Any] = get_json_schema(tool)
-    except Exception as error:  # of many kinds, some of transformers' own
-        raise InputError(f"the tool {tool!r} cannot be described: {error}") from None
-    return schema

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lazyllm.contexts.conversation import Conversation, Opening, Overflow, Turn
+from lazyllm.contexts.conversation import Conversation, Overflow
+from lazyllm.contexts.turns import Opening, Turn
 from lazyllm.errors import CacheError
 from lazyllm.policies.base import explain
 
