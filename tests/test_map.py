@@ -129,7 +129,7 @@ def test_every_prompt_may_have_its_own_query(tmp_path):
 def test_a_prompt_that_cannot_be_answered_ends_nothing(pipe, bad, tmp_path):
     prompts = [*PROMPTS[:2], bad, *PROMPTS[2:]]
     out = tmp_path / "replies.jsonl"
-    replies = list(pipe.map(prompts, errors="return", batch_tokens=600, out=out, **GREEDY))
+    replies = list(pipe.map(prompts, errors="return", batch_tokens=3000, out=out, **GREEDY))
     (failed,) = [reply for reply in replies if reply.error is not None]
     assert failed.index == 2
     assert "empty" in failed.error or "positions for 256" in failed.error
