@@ -17,7 +17,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lazyllm import AuxCache, Constant, InputError, LastTokenAttention, LazyPipeline, TokenTrace
+from lazyllm import AuxCache, Constant, InputError, LastTokenAttention, LazyPipeline, NextLayerAttention, TokenTrace
 from tests.histories import Moving
 from tests.replay import replay
 from tests.tiny import LAYERS, VOCABULARY, WINDOW, random_ids, word_tokenizer
@@ -182,16 +182,23 @@ def test_an_image_is_the_models_own_where_nothing_is_pruned(kind: str):
 
 
 @pytest.mark.parametrize("kind", WITH_IMAGES)
-def test_an_image_is_pruned_and_replays(kind: str):
+@pytest.mark.parametrize(
+    "policies",
+    [{}, {"chunk": 5}, {"scorer": NextLayerAttention(window=3)}, {"cache": AuxCache(attend="cached")}],
+    ids=str,
+)
+def test_an_image_is_pruned_and_replays(kind: str, policies: dict[str, Any]):
     shown = picture(kind)
-    assert_pruned_and_replayed(model_of(kind), shown.ids, shown.inputs)
+    assert_pruned_and_replayed(model_of(kind), shown.ids, shown.inputs, **policies)
 
 
 @torch.no_grad()
-def assert_pruned_and_replayed(model: PreTrainedModel, ids: torch.Tensor, inputs: dict[str, Any]) -> None:
+def assert_pruned_and_replayed(
+    model: PreTrainedModel, ids: torch.Tensor, inputs: dict[str, Any], **policies: Any
+) -> None:
     """A prefill and three steps, against one dense forward with the masks that they had."""
     trace = TokenTrace()
-    pipe = LazyPipeline(model, scorer=Moving(), schedule=Constant(0.5, start=1), cache=AuxCache())
+    pipe = LazyPipeline(model, **{"scorer": Moving(), "schedule": Constant(0.5, start=1), **policies})
     past, prompt, logits = pipe.new_cache(), ids.shape[1], []
     with pipe.attached(callbacks=[trace], missing="nan") as attached:
         logits.append(attached(ids, past_key_values=past, **inputs).logits[0])

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from itertools import chain
 from typing import Any, cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from lazyllm.errors import UnsupportedModelError
@@ -45,23 +46,25 @@ def adapters_of(model: PreTrainedModel) -> str | None:
     configs = getattr(model, "peft_config", None)
     if not configs:
         return None
-    layers = list(_adapted(model))
-    names = list(dict.fromkeys(chain.from_iterable(_names(layer) for layer in layers)))
+    layers = [(layer, names) for layer in _adapted(model) if (names := _names(layer))]
+    names = list(dict.fromkeys(chain.from_iterable(names for _, names in layers)))
     if not names:
         return None
     _check(configs, names)
-    digest = blake2b("\n".join(map(_describe, layers)).encode(), digest_size=8)
-    for name, parameter in layers[-1].named_parameters():
+    digest = blake2b("\n".join(_describe(*layer) for layer in layers).encode(), digest_size=8)
+    for name, parameter in layers[-1][0].named_parameters():
         if not name.startswith(WRAPPED):
             digest.update(sample(parameter))
     return f"{', '.join(names)} ({digest.hexdigest()})"
 
 
-def _adapted(model: PreTrainedModel) -> Iterator[Any]:
-    """The modules that hold adapters which are on."""
-    for module in model.modules():
-        if isinstance(getattr(type(module), "active_adapters", None), property) and _names(module):
-            yield module
+def _adapted(module: nn.Module) -> Iterator[Any]:
+    """The modules that hold adapters; what is inside them is not looked at."""
+    if isinstance(getattr(type(module), "active_adapters", None), property):
+        yield module
+        return
+    for child in module.children():
+        yield from _adapted(child)
 
 
 def _names(layer: Any) -> list[str]:
@@ -70,9 +73,9 @@ def _names(layer: Any) -> list[str]:
     return merged if layer.disable_adapters else [*merged, *layer.active_adapters]
 
 
-def _describe(layer: Any) -> str:
+def _describe(layer: Any, names: list[str]) -> str:
     strength = getattr(layer, "scaling", {})
-    return f"{[(name, strength.get(name)) for name in _names(layer)]} {getattr(layer, 'merged_adapters', ())}"
+    return f"{[(name, strength.get(name)) for name in names]} {getattr(layer, 'merged_adapters', ())}"
 
 
 def _check(configs: dict[str, Any], names: list[str]) -> None:
