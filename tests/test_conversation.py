@@ -28,9 +28,9 @@ from lazyllm import (
     Stages,
     TokenTrace,
     WindowAttention,
-    conversation,
 )
 from lazyllm.caches.saved import DOCUMENT as CACHE_DOCUMENT
+from lazyllm.contexts import conversation
 from lazyllm.contexts.prefixes import held_ids
 from tests.talks import (
     DOCUMENT,
