@@ -295,7 +295,7 @@ def test_a_blank_question(text):
 
 
 @pytest.mark.parametrize(
-    "message", [{"content": "w1"}, {"role": "user"}, {"role": "user", "content": ["w1"]}], ids=repr
+    "message", [{"content": "w1"}, {"role": "user"}, {"role": "user", "content": ["w1"]}, 3], ids=repr
 )
 def test_a_message_of_no_known_kind(message):
     with pytest.raises(InputError, match="has a role and a content"):

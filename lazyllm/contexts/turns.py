@@ -92,7 +92,7 @@ def message_of(text: str | Message) -> dict[str, Any]:
     Raises:
         InputError: when it is blank, or no message.
     """
-    asked = {"role": "user", "content": text} if isinstance(text, str) else dict(text)
+    asked = dict(text) if isinstance(text, Mapping) else {"role": "user", "content": text}
     if "role" not in asked or not isinstance(asked.get("content"), str):
         raise InputError(f"a message has a role and a content that is a text, got {asked!r}")
     return {**asked, "content": check_not_blank(asked["content"], "the question").strip()}
