@@ -443,6 +443,19 @@ def test_a_reply_goes_on_in_another_call_as_it_would_have(chosen, cache, with_ca
     assert second.stats.prefill_steps == 0
 
 
+def test_a_prompt_that_was_cropped_and_is_given_again_is_a_prompt():
+    """Of which one token is missing, too."""
+    words = [f"w{number}" for number in range(VOCABULARY - 6)]
+    pipe = LazyPipeline(tiny_model(), word_tokenizer(words), cache=AuxCache(), **PRUNING)
+    cache, prompt = pipe.new_cache(), " ".join(words[:20])
+    pipe.generate(prompt, past_key_values=cache, query="w1 w2", max_new_tokens=4, **GREEDY)
+    cache.crop(19 - cache.columns)
+    again = pipe.generate(prompt, past_key_values=cache, query="w7 w8", max_new_tokens=4, **GREEDY)
+    assert again.stats.prefill_steps == 1
+    assert cache.rows[0].marks.query == ((7, 9),)
+    assert cache.rows[0].reply_start == 20
+
+
 def test_after_a_failure_the_cache_knows_of_no_prompt():
     class Fails(LogitsProcessor):
         def __call__(self, input_ids, scores):

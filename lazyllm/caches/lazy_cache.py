@@ -138,7 +138,7 @@ class LazyCache(Cache):
         """Knows the prompts while their replies are made.
 
         Where the cache lacks only the last of their columns, as it does of a reply that it has made, the reply goes on:
-        none of them is prefill.
+        nothing is prefill, and what is known of its prompt stays.
 
         Args:
             marks: of the prompts, one each.
@@ -148,8 +148,9 @@ class LazyCache(Cache):
         Raises:
             CacheError: when the rows are not a multiple of the prompts.
         """
-        self.mark_prompts(marks)
-        goes_on = self.columns == columns - 1 > 0
+        goes_on = bool(self.rows) and self.columns == columns - 1 and all(row.is_replying for row in self.rows)
+        if not goes_on:
+            self.mark_prompts(marks)
         self.prompt_columns, self._given_columns, self._copies = columns - goes_on, columns, copies
         try:
             yield

@@ -81,6 +81,11 @@ class Row:
         self.reply_start = self.counted = 0
         self.last_output: Tensor | None = None
 
+    @property
+    def is_replying(self) -> bool:
+        """Whether the next token is the reply's: nothing was taken back, or some of the reply is left."""
+        return self.last_output is not None or len(self.ledger) > self.reply_start
+
     def memory(self, layer: int) -> StateMemory:
         """The states remembered after `layer`; made at the first call."""
         return self.memories.setdefault(layer, StateMemory())
