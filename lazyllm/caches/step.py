@@ -38,6 +38,7 @@ def open_step(
     read_last: int | None = None,
     token_ids: Tensor | None = None,
     places: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> Iterator[Step]:
     """A step over hidden [b, t, c] that is committed at the end, or rolled back if anything raises.
 
@@ -50,6 +51,7 @@ def open_step(
         read_last: how many columns at the end will have their logits read, if the caller said so.
         token_ids: [b, t] vocabulary ids, if they are known.
         places: [3 or 1, b or 1, t] where a RoPE with several axes sees the tokens; None = at their positions.
+        ahead: [b, t] how many columns beyond its own each token sees; None = none does.
 
     Raises:
         CacheError: when the cache is in the middle of another step, or of another batch size.
@@ -59,7 +61,7 @@ def open_step(
         mark = cache.mark()
         try:
             cache.open_rows(hidden.shape[0], layers)
-            step = Step(cache, hidden, padding, position_ids, read_last, token_ids, places)
+            step = Step(cache, hidden, padding, position_ids, read_last, token_ids, places, ahead)
             yield step
             step.commit()
         except BaseException:
@@ -80,6 +82,7 @@ class Step:
         is_prefill: whether the call brings more than one column, or the first.
         selects: whether tokens are chosen anew in this step.
         most_revived: how many older tokens of a row the step may revive, None = any number.
+        looks_ahead: whether tokens of a row see others behind them, so that it must be computed in one piece.
         choices: by row, how the tokens that enter the present layer were chosen, for those who are told.
     """
 
@@ -92,6 +95,7 @@ class Step:
         read_last: int | None,
         token_ids: Tensor | None,
         places: Tensor | None,
+        ahead: Tensor | None,
     ) -> None:
         self.cache = cache
         self.rows: list[Row] = cache.rows
@@ -104,7 +108,8 @@ class Step:
         self._real = self._real_columns(padding)
         self.states = self._pack(hidden)
         positions = self._row_positions(position_ids)
-        self.new = self._append(positions, token_ids, self._row_places(places, positions))
+        self.new = self._append(positions, token_ids, self._row_places(places, positions), ahead)
+        self.looks_ahead = any(row.ledger.reach is not None for row in self.rows)
         self.token_positions = [row.ledger.position for row in self.rows]
         self.flight = self.new
         self.choices: dict[int, Choice] = {}
@@ -175,13 +180,22 @@ class Step:
             return rearrange(hidden, "b t c -> 1 (b t) c")
         return torch.cat([hidden[row, columns.to(hidden.device)] for row, columns in enumerate(self._real)])[None]
 
-    def _append(self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None]) -> list[Tensor]:
+    def _append(
+        self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None], ahead: Tensor | None
+    ) -> list[Tensor]:
         """Enters the new tokens in the ledgers, at depth 0."""
         columns = self.cache.columns
         self.cache.columns += self.width
         ids = None if token_ids is None else token_ids.cpu()
+        further = None if ahead is None else ahead.cpu()
         new = [
-            row.ledger.append(where, real + columns, None if ids is None else ids[index, real], places[index])
+            row.ledger.append(
+                where,
+                real + columns,
+                None if ids is None else ids[index, real],
+                place=places[index],
+                reach=None if further is None else where + further[index, real],
+            )
             for index, (row, where, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
         ]
         if self.is_prefill:

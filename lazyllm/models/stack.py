@@ -19,7 +19,7 @@ from lazyllm.errors import CacheError, InputError, UnsupportedModelError
 from lazyllm.models.attention import AttentionPlan, Captured, Peeked, RowPlan
 from lazyllm.models.families import DecoderContract
 from lazyllm.models.layers import Packed, RunLayer, noting_updates, run_layer
-from lazyllm.models.masks import RowMasks
+from lazyllm.models.masks import RowMasks, Seen, seen_by
 from lazyllm.policies.scoring import Readings
 from lazyllm.policies.select import Selector
 
@@ -59,7 +59,7 @@ class LazyStack(nn.Module):
         self,
         hidden_states: Tensor,
         *others: object,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Seen | None = None,
         position_ids: Tensor | None = None,
         past_key_values: LazyCache | None = None,
         position_embeddings: object = None,
@@ -71,19 +71,22 @@ class LazyStack(nn.Module):
         """
         self._refuse_tensors(*others, **kwargs)
         cache = self._admit(past_key_values, hidden_states)
+        seen = seen_by(attention_mask)
         keep = self.logits_to_keep if isinstance(self.logits_to_keep, int) else None
         with open_step(
             cache,
             hidden_states,
             layers=len(self.layers),
-            padding=attention_mask,
+            padding=seen.padding,
             position_ids=position_ids,
             read_last=keep,
             token_ids=self.token_ids,
             places=self.places,
+            ahead=seen.ahead,
         ) as step:
             self._tell_start(step)
             rope, masks = None, RowMasks(hidden_states.device)
+            chunk = sys.maxsize if step.looks_ahead else self.chunk
             visible = self.selector.first(step, partial(self._peek, step, 0, masks=masks, options=kwargs))
             noted: deque[Captured] = deque(maxlen=self.selector.reads_layers)
             for i, layer in enumerate(self.layers):
@@ -96,7 +99,7 @@ class LazyStack(nn.Module):
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured = self.selector.notes_of(step, i, visible)
                 with noting_updates(self.contract, i, captured):
-                    for place, piece in view.pieces(self.chunk):
+                    for place, piece in view.pieces(chunk):
                         plan = self._plan(step, piece, i, masks, captured)
                         output = self.run(layer, packed.at(place), plan, piece, kwargs)
                         step.receive(place, output)
@@ -154,7 +157,7 @@ class LazyStack(nn.Module):
             queries, keys = slice(query, query + todo.numel()), slice(key, key + view.attended_tokens(index))
             query, key = queries.stop, keys.stop
             attended, positions = partial(view.attended, index), step.token_positions[index]
-            new = step.new_among(index, todo)
+            new, reach = step.new_among(index, todo), step.rows[index].ledger.reach
             rows.append(
                 RowPlan(
                     row=index,
@@ -164,7 +167,8 @@ class LazyStack(nn.Module):
                     read_key_tokens=attended,
                     new_queries=new,
                     positions=positions,
-                    read_spans=partial(masks.spans, index, todo, attended, positions, window, new=new),
+                    read_spans=partial(masks.spans, index, todo, attended, positions, window, new=new, reach=reach),
+                    reach=reach,
                 )
             )
         contract = self.contract
