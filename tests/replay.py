@@ -119,6 +119,7 @@ def replay(
     *,
     rounding: Rounding = EXACT,
     places: Tensor | None = None,
+    reach: Tensor | None = None,
     inputs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits [t, vocabulary] of one row under the masks of `steps`, and the states [t, c] entering each layer.
@@ -131,12 +132,13 @@ def replay(
         positions: [t], default 0 .. t-1.
         rounding: what the cache rounds.
         places: [3, 1, t] where RoPE sees the tokens, default at their positions.
+        reach: [t] the last position that each token sees, default its own.
         inputs: what else the model is given, such as images.
     """
     decoder: Any = model.get_decoder()
     length = ids.numel()
     positions = torch.arange(length) if positions is None else positions
-    causal = positions[:, None] >= positions[None, :]
+    causal = (positions if reach is None else reach)[:, None] >= positions[None, :]
     _, options = get_layer_types_and_kwargs(decoder.config)
     masks, waited = [], []
     latest = arrivals(steps, row, length)

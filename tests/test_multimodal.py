@@ -1,4 +1,4 @@
-"""Models that read images: images run where the text decoder stays causal, and are refused elsewhere."""
+"""Models that read images: their prompts are pruned like text, or refused with the reason."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     Gemma3Config,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from lazyllm import AuxCache, Constant, InputError, LastTokenAttention, LazyPipeline, NextLayerAttention, TokenTrace
+from lazyllm.models.masks import Seen
 from tests.histories import Moving
 from tests.replay import replay
 from tests.tiny import LAYERS, VOCABULARY, WINDOW, random_ids, word_tokenizer
@@ -100,7 +102,7 @@ CONFIGS = {
 }
 THREE_AXES = ("qwen2_vl", "qwen2_5_vl")
 """Models whose RoPE sees a time, a row and a column."""
-WITH_IMAGES = ("llava", *THREE_AXES)
+WITH_IMAGES = ("llava", "gemma3", *THREE_AXES)
 """Models that prune prompts with images."""
 
 
@@ -122,7 +124,11 @@ class Picture:
     inputs: dict[str, Any]
 
 
-def picture(kind: str, columns: int = 8) -> Picture:
+KINDS = ("token_type_ids", "mm_token_type_ids")
+"""What says of every token whether it is of an image."""
+
+
+def picture(kind: str, columns: int = 8, text: int = 20) -> Picture:
     generator = torch.Generator().manual_seed(3)
     if kind in ("llava", "gemma3"):
         tokens, pixels = 16, torch.randn(1, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
@@ -133,8 +139,8 @@ def picture(kind: str, columns: int = 8) -> Picture:
             "pixel_values": torch.randn(4 * columns, 12, generator=generator, dtype=torch.float64),
             "image_grid_thw": torch.tensor([[1, 4, columns]]),
         }
-    text = random_ids(1, 20) % 80 + 3
-    ids = torch.cat([text[:, :9], torch.full((1, tokens), IMAGE), text[:, 9:]], dim=1)
+    words = random_ids(1, text) % 80 + 3
+    ids = torch.cat([words[:, :9], torch.full((1, tokens), IMAGE), words[:, 9:]], dim=1)
     kinds = (ids == IMAGE).int()
     if kind == "gemma3":
         inputs["token_type_ids"] = kinds
@@ -208,12 +214,19 @@ def assert_pruned_and_replayed(
     assert sum(event.rows[0].revived.numel() for step in trace.steps for event in step) > 0
     kinds = {name: pad_kinds(value, ids.shape[1]) for name, value in inputs.items()}
     places = places_of(model, ids[:, :prompt], inputs, ids.shape[1]) if "image_grid_thw" in inputs else None
-    expected, _ = replay(model, ids[0], trace.steps, 0, places=places, inputs=kinds)
+    reach = reach_of(ids[0]) if "token_type_ids" in inputs else None
+    expected, _ = replay(model, ids[0], trace.steps, 0, places=places, reach=reach, inputs=kinds)
     got = torch.cat(logits)
     reached = ~got.isnan().any(-1)
     assert reached[-4:].all()
     assert not reached.all()
     torch.testing.assert_close(got[reached], expected[reached], rtol=0, atol=1e-10)
+
+
+def reach_of(ids: torch.Tensor) -> torch.Tensor:
+    """The last position that each token [t] sees: the end of the one image for its tokens."""
+    own, image = torch.arange(ids.numel()), ids == IMAGE
+    return torch.where(image, own[image].max(), own)
 
 
 def pad_kinds(value: Any, length: int) -> Any:
@@ -230,14 +243,14 @@ def places_of(model: Any, ids: torch.Tensor, inputs: dict[str, Any], length: int
     return torch.cat([places, later.expand(3, 1, -1)], dim=-1)
 
 
-@pytest.mark.parametrize("kind", THREE_AXES)
+@pytest.mark.parametrize("kind", WITH_IMAGES)
 def test_a_further_turn_stands_behind_the_image(kind: str):
     """Though another image was shown in between, from which the model counts when it is asked."""
     model, shown = model_of(kind), picture(kind)
     pipe = LazyPipeline.from_preset("dense", model)
     reply = pipe.generate(shown.ids[0], **shown.inputs, **GREEDY).token_ids
     more = torch.cat([shown.ids, torch.tensor([reply]), random_ids(1, 6, 5) % 80 + 3], dim=1)
-    kinds = {"mm_token_type_ids": pad_kinds(shown.inputs["mm_token_type_ids"], more.shape[1])}
+    kinds = {name: pad_kinds(value, more.shape[1]) for name, value in shown.inputs.items() if name in KINDS}
     asked = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
     expected = model.generate(more, attention_mask=torch.ones_like(more), **{**shown.inputs, **kinds}, **asked).logits
     past = pipe.new_cache()
@@ -251,20 +264,62 @@ def test_a_further_turn_stands_behind_the_image(kind: str):
         torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", THREE_AXES)
+@pytest.mark.parametrize("kind", WITH_IMAGES)
 def test_a_row_with_an_image_does_not_depend_on_its_neighbours(kind: str):
-    model, shown = model_of(kind), [picture(kind), picture(kind, columns=12)]
+    model, shown = model_of(kind), [picture(kind), picture(kind, columns=12, text=31)]
     pipe = LazyPipeline(model, scorer=LastTokenAttention(), schedule=Constant(0.5, start=1))
     asked = {"output_logits": True, "return_dict_in_generate": True, **GREEDY}
     alone = [pipe.generate(one.ids[0], **one.inputs, **asked).output.logits for one in shown]
     width = max(one.ids.shape[1] for one in shown)
-    kinds = [one.inputs["mm_token_type_ids"] for one in shown]
-    inputs = {name: torch.cat([one.inputs[name] for one in shown]) for name in ("pixel_values", "image_grid_thw")}
-    inputs["mm_token_type_ids"] = torch.cat([torch.nn.functional.pad(k, (width - k.shape[1], 0)) for k in kinds])
+    inputs = {}
+    for name in shown[0].inputs:
+        values = [one.inputs[name] for one in shown]
+        if name in KINDS:
+            values = [torch.nn.functional.pad(value, (width - value.shape[1], 0)) for value in values]
+        inputs[name] = torch.cat(values)
     together = pipe.generate([one.ids[0].tolist() for one in shown], **inputs, **asked)[0].output.logits
     for step, logits in enumerate(together):
         expected = torch.cat([alone[row][step] for row in (0, 1)])
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_how_far_tokens_see_is_saved_with_a_cache_and_ends_where_it_is_cropped(tmp_path):
+    model, shown = model_of("gemma3"), picture("gemma3")
+    pipe = LazyPipeline(model, scorer=LastTokenAttention(), schedule=Constant(0.5, start=1))
+    past = pipe.new_cache()
+    pipe.generate(shown.ids[0], past_key_values=past, **shown.inputs, **GREEDY)
+    expected = torch.cat([reach_of(shown.ids[0]), torch.arange(shown.ids.shape[1], past.columns)])
+    for twin in (past, past.fork(), pipe.load_cache(past.save(tmp_path / "cache"))):
+        assert torch.equal(twin.rows[0].ledger.reach, expected)
+        twin.crop(12 - twin.columns)  # in the middle of the image
+        assert torch.equal(twin.rows[0].ledger.reach, expected[:12].clamp(max=11))
+
+
+def test_layers_that_see_different_tokens_behind_a_token_are_refused():
+    model, ids = model_of("gemma3"), random_ids(1, 12) % 80 + 3
+    pipe = LazyPipeline.from_preset("dense", model)
+    masks = {"full_attention": Seen(), "sliding_attention": Seen(ahead=torch.ones(1, 12, dtype=torch.long))}
+    message = r"in some layers than in others \(full_attention, sliding_attention\)"
+    with torch.no_grad(), pipe.attached() as attached, pytest.raises(InputError, match=message):
+        attached(ids, past_key_values=pipe.new_cache(), attention_mask=masks)
+
+
+@pytest.mark.parametrize(("length", "runs"), [(WINDOW // 2, True), (2 * WINDOW, False)])
+def test_a_prompt_whose_tokens_all_see_each_other(length: int, runs: bool):
+    """One block; not where a window cuts it."""
+    options = {"sliding_window": WINDOW, "query_pre_attn_scalar": 8, "head_dim": 8, "sliding_window_pattern": 2}
+    config = AutoConfig.for_model("gemma3_text", **TEXT, **options, use_bidirectional_attention=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa").eval()
+    pipe, ids = LazyPipeline.from_preset("dense", model), random_ids(1, length)
+    with torch.no_grad(), pipe.attached() as attached:
+        if runs:
+            got = attached(ids, past_key_values=pipe.new_cache()).logits
+        else:
+            with pytest.raises(InputError, match="not all of a block up to its end"):
+                attached(ids, past_key_values=pipe.new_cache())
+    if runs:
+        torch.testing.assert_close(got, model(ids).logits, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", THREE_AXES)
@@ -294,7 +349,7 @@ def test_a_folder_is_loaded(kind: str, tmp_path):
         assert reply == stock_reply(model, shown.ids, **shown.inputs)
 
 
-REFUSED = {"gemma3": "tokens of this prompt see tokens behind them", "qwen3_vl": "deepstack_visual_embeds"}
+REFUSED = {"qwen3_vl": "deepstack_visual_embeds"}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -119,6 +119,18 @@ def test_attention_sinks_take_their_share_of_the_probability():
     torch.testing.assert_close(inputs.probabilities(1), expected)
 
 
+def test_tokens_of_an_image_see_each_other():
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(4, 5, 8, generator=generator), torch.randn(2, 6, 8, generator=generator)
+    tokens, reach = torch.arange(6), torch.tensor([1, 4, 4, 4, 5])
+    inputs = AttentionInputs(queries, tokens[1:], keys, tokens, tokens, keys, 0.5, None, None, None, query_reach=reach)
+    logits = torch.einsum("hqd,hkd->hqk", queries, keys.repeat_interleave(2, 0)) * 0.5
+    expected = logits.masked_fill(tokens > reach[:, None], -torch.inf).softmax(-1)
+    torch.testing.assert_close(inputs.probabilities(5), expected)
+    torch.testing.assert_close(inputs.probabilities(2), expected[:, 3:])
+    torch.testing.assert_close(inputs.received(), expected.sum(1))
+
+
 def context_of(tokens: list[int], context_tokens: int) -> ScoreContext:
     index = torch.tensor(tokens)
     return ScoreContext(

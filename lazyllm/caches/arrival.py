@@ -21,6 +21,7 @@ class Arrival:
         padding: 2-D mask [b, >= t], true where a real token stands; None = no padding.
         position_ids: [b or 1, t]; None = counted on.
         places: [3 or 1, b or 1, t] where a RoPE with several axes sees the tokens; None = at their positions.
+        ahead: [b, t] how many columns beyond its own each token sees; None = none does.
         token_ids: [b, t] vocabulary ids, if they are known.
         read_last: how many columns at the end will have their logits read; None = all of them, as far as is known.
     """
@@ -29,6 +30,7 @@ class Arrival:
     padding: Tensor | None = None
     position_ids: Tensor | None = None
     places: Tensor | None = None
+    ahead: Tensor | None = None
     token_ids: Tensor | None = None
     read_last: int | None = None
 
@@ -74,6 +76,7 @@ class Arrival:
             hidden=self.hidden[:, place],
             position_ids=None if self.position_ids is None else self.position_ids[:, place],
             places=None if self.places is None else self.places[..., place],
+            ahead=None if self.ahead is None else self.ahead[:, place],
             token_ids=None if self.token_ids is None else self.token_ids[:, place],
         )
 
@@ -88,6 +91,7 @@ class Arrival:
             padding=None if self.padding is None else self.padding[indices],
             position_ids=positions if positions is None or positions.shape[0] == 1 else positions[indices],
             places=places if places is None or places.shape[1] == 1 else places[:, indices],
+            ahead=None if self.ahead is None else self.ahead[indices],
             token_ids=None if self.token_ids is None else self.token_ids[indices],
         )
 
@@ -96,7 +100,7 @@ class Arrival:
         recent = None if self.padding is None else self.padding[:, -self.width :]
         positions = None if self.position_ids is None else self.position_ids.expand(self.rows, -1)
         places = None if self.places is None else self.places.expand(-1, self.rows, -1).movedim(1, 0)
-        parts = (self.token_ids, recent, positions, places, self.hidden)
+        parts = (self.token_ids, recent, positions, places, self.ahead, self.hidden)
         return all(part is None or torch.equal(part[row], part[other]) for part in parts)
 
     def told_apart(self, rows: Sequence[Row]) -> list[Row]:

@@ -31,6 +31,7 @@ class Ledger:
         self._running: tuple[Tensor, int] | None = None
         self._depth, self._position, self._column, self._token_id = (GrowingBuffer(0) for _ in range(4))
         self._place: GrowingBuffer | None = None
+        self._reach: GrowingBuffer | None = None
         empty = torch.empty(0, dtype=torch.long)
         for buffer in self._buffers:
             buffer.append(empty)
@@ -38,7 +39,7 @@ class Ledger:
     @property
     def _buffers(self) -> tuple[GrowingBuffer, ...]:
         always = self._depth, self._position, self._column, self._token_id
-        return always if self._place is None else (*always, self._place)
+        return always + tuple(buffer for buffer in (self._place, self._reach) if buffer is not None)
 
     def __len__(self) -> int:
         return self._depth.length
@@ -60,6 +61,11 @@ class Ledger:
         return None if self._place is None else self._place.read()
 
     @property
+    def reach(self) -> Tensor | None:
+        """[t] the last position each token sees, such as that of the end of its image; None where that is its own."""
+        return None if self._reach is None else self._reach.read()
+
+    @property
     def column(self) -> Tensor:
         """[t] column of each token in the padded batch."""
         return self._column.read()
@@ -75,12 +81,21 @@ class Ledger:
         return 0 if self.place is None else int(self.place.max() - self.position[-1])
 
     def append(
-        self, position: Tensor, column: Tensor, token_id: Tensor | None = None, place: Tensor | None = None
+        self,
+        position: Tensor,
+        column: Tensor,
+        token_id: Tensor | None = None,
+        *,
+        place: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> Tensor:
         """Adds tokens of depth 0 and returns their indices [t]."""
         self._settle()
         start, added = len(self), position.numel()
-        self._append_place(position, place)
+        if place is not None or self._place is not None:
+            self._place = _grown(self._place, _along_axes(self.position), _along_axes(position), place)
+        if reach is not None or self._reach is not None:
+            self._reach = _grown(self._reach, self.position, position, reach)
         self._depth.append(torch.zeros(added, dtype=torch.long))
         self._position.append(position)
         self._column.append(column)
@@ -88,14 +103,6 @@ class Ledger:
         self.knows_ids &= token_id is not None
         self.at_depth[0] += added
         return torch.arange(start, start + added)
-
-    def _append_place(self, position: Tensor, place: Tensor | None) -> None:
-        """Notes the places [t, 3] of new tokens, from the first time on that they are not their positions."""
-        if self._place is None and place is not None:
-            self._place = GrowingBuffer(0)
-            self._place.append(_along_axes(self.position))
-        if self._place is not None:
-            self._place.append(_along_axes(position) if place is None else place)
 
     def ready(self, tokens: Tensor, layer: int) -> Tensor:
         """Those of `tokens` whose next layer is `layer` (law 2)."""
@@ -133,6 +140,8 @@ class Ledger:
         for buffer in self._buffers:
             buffer.truncate(depth.numel())
         self._depth.writable().copy_(depth)
+        if self._reach is not None and depth.numel():
+            self._reach.writable().clamp_(max=int(self.position[-1]))  # of a block that was cut
         self.at_depth = torch.bincount(depth, minlength=self.layers + 1).tolist()
         self.knows_ids = bool((self.token_id >= 0).all())
 
@@ -140,27 +149,38 @@ class Ledger:
         """An independent copy."""
         self._settle()
         twin = Ledger(self.layers)
-        twin._depth, twin._position, twin._column, twin._token_id, *place = (buffer.copy() for buffer in self._buffers)
-        twin._place = place[0] if place else None
+        for name in ("_depth", "_position", "_column", "_token_id", "_place", "_reach"):
+            buffer = getattr(self, name)
+            setattr(twin, name, None if buffer is None else buffer.copy())
         twin.at_depth, twin.knows_ids = list(self.at_depth), self.knows_ids
         return twin
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by name, for a file."""
         state = {"depth": self.depth, "position": self.position, "column": self.column, "token_id": self.token_id}
-        return state if self.place is None else {**state, "place": self.place}
+        optional = {"place": self.place, "reach": self.reach}
+        return state | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
     def load_state(self, state: Mapping[str, Tensor], *, columns: int = 0, moved: int = 0) -> None:
         """Takes up what another ledger's `state` gave, behind its own tokens.
 
         `columns` and `moved` are added to the columns and to the positions.
         """
-        depth, place = torch.cat([self.depth, state["depth"]]), state.get("place")
-        place = None if place is None else place + moved
-        self.append(state["position"] + moved, state["column"] + columns, state["token_id"], place)
+        depth = torch.cat([self.depth, state["depth"]])
+        optional = {name: state[name] + moved if name in state else None for name in ("place", "reach")}
+        self.append(state["position"] + moved, state["column"] + columns, state["token_id"], **optional)
         self.restore(depth)
 
 
 def _along_axes(position: Tensor) -> Tensor:
     """Places [t, 3] of tokens that stand at positions [t] along every axis."""
     return repeat(position, "t -> t a", a=AXES)
+
+
+def _grown(buffer: GrowingBuffer | None, before: Tensor, usual: Tensor, given: Tensor | None) -> GrowingBuffer:
+    """A buffer with what is `given` of new tokens, else the `usual`; a new one starts with what was `before`."""
+    if buffer is None:
+        buffer = GrowingBuffer(0)
+        buffer.append(before)
+    buffer.append(usual if given is None else given)
+    return buffer

@@ -71,6 +71,7 @@ class Step:
         is_prefill: whether it brings tokens of a prompt.
         selects: whether tokens are chosen anew in this step.
         most_revived: how many older tokens of a row the step may revive, None = any number.
+        looks_ahead: whether tokens of a row see others behind them, so that it must be computed in one piece.
         choices: by row, how the tokens that enter the present layer were chosen, for those who are told.
     """
 
@@ -88,7 +89,9 @@ class Step:
         self._real = self._real_columns(arrival.padding)
         self.states = self._pack(arrival.hidden)
         positions = self._row_positions(arrival.position_ids)
-        self.new = self._append(positions, arrival.token_ids, self._row_places(arrival.places, positions))
+        places = self._row_places(arrival.places, positions)
+        self.new = self._append(positions, arrival.token_ids, places, arrival.ahead)
+        self.looks_ahead = any(row.ledger.reach is not None for row in self.rows)
         self.token_positions = [row.ledger.position for row in self.rows]
         self.flight = self.new
         self.choices: dict[int, Choice] = {}
@@ -153,13 +156,22 @@ class Step:
             return rearrange(hidden, "b t c -> 1 (b t) c")
         return torch.cat([hidden[row, columns.to(hidden.device)] for row, columns in enumerate(self._real)])[None]
 
-    def _append(self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None]) -> list[Tensor]:
+    def _append(
+        self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None], ahead: Tensor | None
+    ) -> list[Tensor]:
         """Enters the new tokens in the ledgers, at depth 0."""
         columns = self.cache.columns
         self.cache.columns += self.width
         ids = None if token_ids is None else token_ids.cpu()
+        further = None if ahead is None else ahead.cpu()
         new = [
-            row.ledger.append(where, real + columns, None if ids is None else ids[index, real], places[index])
+            row.ledger.append(
+                where,
+                real + columns,
+                None if ids is None else ids[index, real],
+                place=places[index],
+                reach=None if further is None else where + further[index, real],
+            )
             for index, (row, where, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
         ]
         self.replied = [self._count(row, tokens) for row, tokens in zip(self.rows, new, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, cast
@@ -19,6 +19,7 @@ from lazyllm.errors import AttachError, InputError
 from lazyllm.models.attention import ATTENTION_NAME
 from lazyllm.models.families import DecoderContract, contract_of, try_layers
 from lazyllm.models.layers import RunLayer, run_layer
+from lazyllm.models.masks import seen_by
 from lazyllm.models.stack import LazyStack, Missing
 from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.select import Selector
@@ -89,8 +90,24 @@ def _check_call(contract: DecoderContract) -> Any:
                 f"{type(decoder).__name__} was given {', '.join(given)}, which it uses between its layers; lazyllm "
                 "prunes nothing there: give the prompt as text alone"
             )
+        if isinstance(masks := kwargs.get("attention_mask"), Mapping):
+            _check_masks(masks)
 
     return check
+
+
+def _check_masks(masks: Mapping[str, Any]) -> None:
+    """Refuses masks, by type of layer, that let tokens see different tokens behind them."""
+    one, *others = (seen_by(mask).ahead for mask in masks.values())
+    if not all(_same(one, other) for other in others):
+        raise InputError(
+            f"tokens of this prompt see other tokens behind them in some layers than in others ({', '.join(masks)}); "
+            "lazyllm knows one rule for all layers: give the prompt as text alone"
+        )
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else one.equal(other)
 
 
 def _note_places(stack: LazyStack) -> Any:

@@ -49,6 +49,7 @@ class AttentionInputs:
         window: sliding window in positions, None = full attention.
         own_sinks: [h] extra logits that take probability and give no value, None = none.
         ranks: the processes that share the heads.
+        query_reach: [q] the last position each query sees; None = its own.
     """
 
     own_queries: Tensor
@@ -62,6 +63,7 @@ class AttentionInputs:
     window: int | None
     own_sinks: Tensor | None
     ranks: Ranks = ALONE
+    query_reach: Tensor | None = None
 
     @property
     def queries(self) -> Tensor:
@@ -104,7 +106,8 @@ class AttentionInputs:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        allowed = causal(self.query_positions[start:stop], self.key_positions, self.window)
+        reach = None if self.query_reach is None else self.query_reach[start:stop]
+        allowed = causal(self.query_positions[start:stop], self.key_positions, self.window, reach)
         logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         if self.own_sinks is not None:
             sinks = repeat(self.own_sinks.to(logits), "h -> h q 1", q=stop - start)
@@ -155,6 +158,7 @@ class RowPlan:
         new_queries: how many of the last queries are the step's new tokens.
         positions: [t] position of every token of the row.
         read_spans: gives the calls of the kernel that make up the row.
+        reach: [t] the last position each token sees; None = its own.
 
     What is read is known only once the layer has put its keys into the cache: their order decides.
     """
@@ -167,6 +171,7 @@ class RowPlan:
     new_queries: int
     positions: Tensor
     read_spans: Callable[[], list[Span]]
+    reach: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -241,9 +246,10 @@ def _inputs(
 ) -> AttentionInputs:
     """What a scorer gets to see of a row's queries [1, h, q, d], keys and values [1, g, k, d]."""
     new, key_tokens = row.new_queries, row.read_key_tokens()
+    query_tokens = row.query_tokens[row.query_tokens.numel() - new :]
     return AttentionInputs(
         own_queries=queries[0, :, queries.shape[2] - new :],
-        query_positions=row.positions[row.query_tokens[row.query_tokens.numel() - new :]],
+        query_positions=row.positions[query_tokens],
         own_keys=keys[0],
         key_tokens=key_tokens,
         key_positions=row.positions[key_tokens],
@@ -253,6 +259,7 @@ def _inputs(
         window=plan.window,
         own_sinks=kwargs.get("s_aux"),
         ranks=plan.ranks.holding(queries.shape[1]),
+        query_reach=None if row.reach is None else row.reach[query_tokens],
     )
 
 

@@ -6,17 +6,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 from lazyllm.errors import InputError
 from lazyllm.indexing import is_ascending
 
 
-def causal(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Which keys each query may see, booleans [q, k]."""
+def causal(query_positions: Tensor, key_positions: Tensor, window: int | None, reach: Tensor | None = None) -> Tensor:
+    """Which keys each query may see, booleans [q, k]; up to position `reach` [q] where that is not its own."""
     queries, keys = rearrange(query_positions, "q -> q 1"), rearrange(key_positions, "k -> 1 k")
-    allowed = keys <= queries
+    allowed = keys <= (queries if reach is None else rearrange(reach, "q -> q 1"))
     return allowed if window is None else allowed.logical_and_(keys > queries - window)
 
 
@@ -84,10 +84,12 @@ class RowMasks:
         window: int | None,
         *,
         new: int = 0,
+        reach: Tensor | None = None,
     ) -> list[Span]:
         """How todo [q] attends to attended [k]: one span where a mask is small or none is needed, else several.
 
-        A single query that is one of the step's `new` tokens stands behind every key there is.
+        A single query that is one of the step's `new` tokens stands behind every key there is. `reach` [t] is the last
+        position each token may see; None = its own.
         """
         if todo.numel() == new == 1 and (window is None or positions.numel() <= window):
             return [EVERYTHING]
@@ -95,32 +97,38 @@ class RowMasks:
         made = self._made.get((row, window))
         if made is not None and torch.equal(made[0], todo) and torch.equal(made[1], attended):
             return made[2]
-        spans = self._spans(positions[todo], positions[attended], window)
+        queries = positions[todo]
+        ahead = None if reach is None or torch.equal(reach[todo], queries) else reach[todo]
+        spans = self._spans(queries, positions[attended], window, ahead)
         self._made[row, window] = (todo, attended, spans)
         return spans
 
-    def _spans(self, queries: Tensor, keys: Tensor, window: int | None) -> list[Span]:
-        if not needs_mask(queries, keys, window):
+    def _spans(self, queries: Tensor, keys: Tensor, window: int | None, reach: Tensor | None) -> list[Span]:
+        if reach is None and not needs_mask(queries, keys, window):
             return [EVERYTHING]
         if queries.numel() * keys.numel() <= self.MOST:
-            mask = self._mask(queries, keys, window)
+            mask = self._mask(queries, keys, window, reach)
             return [Span(WHOLE, WHOLE, lambda: mask)]
         width, ordered = max(1, self.MOST // keys.numel()), is_ascending(keys)
         return [
-            self._span(queries, keys, window, slice(start, start + width), ordered)
+            self._span(queries, keys, window, reach, slice(start, start + width), ordered)
             for start in range(0, queries.numel(), width)
         ]
 
-    def _span(self, queries: Tensor, keys: Tensor, window: int | None, taken: slice, ordered: bool) -> Span:
-        queries = queries[taken]
+    def _span(
+        self, queries: Tensor, keys: Tensor, window: int | None, reach: Tensor | None, taken: slice, ordered: bool
+    ) -> Span:
+        queries, reach = queries[taken], None if reach is None else reach[taken]
         seen = WHOLE
         if ordered:
             first = 0 if window is None else int(torch.searchsorted(keys, queries[0] - window, right=True))
-            seen = slice(first, int(torch.searchsorted(keys, queries[-1], right=True)))
-        return Span(taken, seen, partial(self._mask, queries, keys[seen], window))
+            last = queries[-1] if reach is None else reach.max()
+            seen = slice(first, int(torch.searchsorted(keys, last, right=True)))
+        return Span(taken, seen, partial(self._mask, queries, keys[seen], window, reach))
 
-    def _mask(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-        return causal(queries.to(self.device), keys.to(self.device), window)[None, None]
+    def _mask(self, queries: Tensor, keys: Tensor, window: int | None, reach: Tensor | None) -> Tensor:
+        on_device = None if reach is None else reach.to(self.device)
+        return causal(queries.to(self.device), keys.to(self.device), window, on_device)[None, None]
 
 
 def additive(mask: Tensor | None, queries: Tensor) -> Tensor | None:
@@ -137,30 +145,65 @@ def additive(mask: Tensor | None, queries: Tensor) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=queries.dtype, device=queries.device).masked_fill(~mask, lowest)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a caller's mask says besides causality.
+
+    Attributes:
+        padding: [b, >= t] true where a real token stands; None = no padding.
+        ahead: [b, t] how many columns beyond its own each new token sees; None = none does.
+    """
+
+    padding: Tensor | None = None
+    ahead: Tensor | None = None
+
+
+def seen_by(mask: Tensor | Seen | None) -> Seen:
+    """What the stack was given as a mask."""
+    return mask if isinstance(mask, Seen) else Seen(mask)
+
+
 def padding_mask(
     *,
     attention_mask: Tensor | None = None,
     mask_function: Callable[..., Any] | None = None,
     allow_is_causal_skip: bool = True,
     **sizes: Any,
-) -> Tensor | None:
-    """The registered mask function: hands the caller's 2-D padding mask [b, t] through to the stack.
+) -> Tensor | Seen | None:
+    """The registered mask function: hands the caller's 2-D padding mask [b, t] through to the stack, and what is new.
 
     Raises:
-        InputError: when a token is to see one that stands behind it.
+        InputError: when tokens see others behind them in a way that is no block.
     """
-    if not allow_is_causal_skip and mask_function is not None and _looks_ahead(mask_function, **sizes):
-        raise InputError(
-            "tokens of this prompt see tokens behind them, as those of an image do in some models; lazyllm computes "
-            "causal attention alone: give the prompt as text"
-        )
-    return attention_mask
+    if allow_is_causal_skip or mask_function is None:
+        return attention_mask
+    return Seen(attention_mask, _ahead(mask_function, **sizes))
 
 
-def _looks_ahead(
+def _ahead(
     mask_function: Callable[..., Any], *, batch_size: int, q_length: int, q_offset: int, device: Any, **_: Any
-) -> bool:
-    """Whether transformers' mask lets any of the queries, but the last, see the token just behind it."""
+) -> Tensor | None:
+    """How many columns beyond its own each query sees [b, q]: up to the end of the block it is in; None = none does.
+
+    Read off transformers' mask at two places per query, so that the mask is never written down.
+    """
     row = rearrange(torch.arange(batch_size, device=device), "b -> b 1")
-    query = rearrange(torch.arange(q_length - 1, device=device), "q -> 1 q") + q_offset
-    return bool(torch.as_tensor(mask_function(row, torch.zeros_like(row), query, query + 1)).any())
+    query = repeat(torch.arange(q_length, device=device), "q -> b q", b=batch_size)
+    last = q_length - 1
+
+    def sees(key: Tensor) -> Tensor:
+        inside = (key <= last) & (key > query)
+        found = mask_function(row, torch.zeros_like(row), query + q_offset, key.clamp(max=last) + q_offset)
+        return torch.as_tensor(found, device=device).expand_as(inside) & inside
+
+    next_one = sees(query + 1)
+    if not bool(next_one.any()):
+        return None
+    stop = torch.where(next_one, last, query).flip(1).cummin(1).values.flip(1)
+    ahead = stop - query
+    if not bool((sees(stop) == (ahead > 0)).all()) or bool(sees(stop + 1).any()):
+        raise InputError(
+            "tokens of this prompt see some of the tokens behind them, but not all of a block up to its end; lazyllm "
+            "cannot prune such a prompt: give it as text"
+        )
+    return ahead

@@ -21,7 +21,7 @@ from lazyllm.errors import CacheError, InputError, UnsupportedModelError
 from lazyllm.models.attention import AttentionPlan, Captured, Peeked, RowPlan
 from lazyllm.models.families import DecoderContract
 from lazyllm.models.layers import Packed, RunLayer, noting_updates, run_layer
-from lazyllm.models.masks import RowMasks
+from lazyllm.models.masks import RowMasks, Seen, seen_by
 from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.scoring import Readings
 from lazyllm.policies.select import Selector
@@ -62,7 +62,7 @@ class LazyStack(nn.Module):
         self,
         hidden_states: Tensor,
         *others: object,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Seen | None = None,
         position_ids: Tensor | None = None,
         past_key_values: LazyCache | None = None,
         position_embeddings: object = None,
@@ -76,7 +76,8 @@ class LazyStack(nn.Module):
         self._refuse_tensors(*others, **kwargs)
         cache = self._admit(past_key_values, hidden_states)
         keep = (self.logits_to_keep or None) if isinstance(self.logits_to_keep, int) else None
-        arrival = Arrival(hidden_states, attention_mask, position_ids, self.places, self.token_ids, keep)
+        seen = seen_by(attention_mask)
+        arrival = Arrival(hidden_states, seen.padding, position_ids, self.places, seen.ahead, self.token_ids, keep)
         outputs = [self._step(cache, part, kwargs) for part in arrival.parts(cache.prompt_left)]
         if len(outputs) == 1:
             return outputs[0]
@@ -87,6 +88,7 @@ class LazyStack(nn.Module):
         with open_step(cache, arrival, layers=len(self.layers)) as step:
             self._tell_start(step)
             rope, masks = None, RowMasks(arrival.hidden.device)
+            chunk = sys.maxsize if step.looks_ahead else self.chunk
             visible = self.selector.first(step, partial(self._peek, step, 0, masks=masks, options=kwargs))
             noted: deque[Captured] = deque(maxlen=self.selector.reads_layers)
             for i, layer in enumerate(self.layers):
@@ -101,7 +103,7 @@ class LazyStack(nn.Module):
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured = self.selector.notes_of(step, i, visible)
                 with noting_updates(self.contract, i, captured):
-                    for place, piece in view.pieces(self.chunk):
+                    for place, piece in view.pieces(chunk):
                         plan = self._plan(step, piece, i, masks, captured)
                         output = self.run(layer, packed.at(place), plan, piece, kwargs)
                         step.receive(place, output)
@@ -157,7 +159,7 @@ class LazyStack(nn.Module):
             queries, keys = slice(query, query + todo.numel()), slice(key, key + view.attended_tokens(index))
             query, key = queries.stop, keys.stop
             attended, positions = partial(view.attended, index), step.token_positions[index]
-            new = step.new_among(index, todo)
+            new, reach = step.new_among(index, todo), step.rows[index].ledger.reach
             rows.append(
                 RowPlan(
                     row=index,
@@ -167,7 +169,8 @@ class LazyStack(nn.Module):
                     read_key_tokens=attended,
                     new_queries=new,
                     positions=positions,
-                    read_spans=partial(masks.spans, index, todo, attended, positions, window, new=new),
+                    read_spans=partial(masks.spans, index, todo, attended, positions, window, new=new, reach=reach),
+                    reach=reach,
                 )
             )
         contract = self.contract
