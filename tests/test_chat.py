@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -369,19 +368,32 @@ class Terminal:
 
     def wait(self, pattern: str, seconds: float = 120) -> None:
         """Reads until the pattern comes, and forgets everything up to it."""
+        assert self.comes(pattern, seconds), f"{pattern!r} did not come; there is {self.seen!r}"
+
+    def comes(self, pattern: str, seconds: float) -> bool:
+        """As `wait`, and whether it comes in time."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
             ready, _, _ = select.select([self.ours], [], [], max(0, end - time.monotonic()))
-            assert ready, f"{pattern!r} did not come; there is {self.seen!r}"
+            if not ready:
+                return False
             self.seen += os.read(self.ours, 4096).decode(errors="replace")
         self.seen = self.seen[found.end() :]
+        return True
 
-    def close(self) -> int:
-        try:
-            return self.process.wait(30)
-        finally:
-            self.process.kill()
-            os.close(self.ours)
+    def interrupt(self, pattern: str) -> None:
+        """Presses Ctrl-C until the pattern comes; readline does not see one between its prompt and its wait for keys."""
+        for _ in range(6):
+            self.type("\x03")
+            if self.comes(pattern, 10):
+                return
+        raise AssertionError(f"{pattern!r} did not come; there is {self.seen!r}")
+
+    def end(self) -> None:
+        """Ends the process, however it is."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
 
 
 def test_in_a_terminal(folder: Path):
@@ -394,13 +406,12 @@ def test_in_a_terminal(folder: Path):
         terminal.type("/undo\n")
         terminal.wait(r"taken back: w1 w2 \?")
         terminal.wait("> ")
-        terminal.type("\x03")
-        terminal.wait("Ctrl-C again, or Ctrl-D, leaves")
+        terminal.interrupt("Ctrl-C again, or Ctrl-D, leaves")
         terminal.wait("> ")
         terminal.type("\x04")
-        assert terminal.close() == 0
+        assert terminal.process.wait(30) == 0
     finally:
-        terminal.process.send_signal(signal.SIGKILL)
+        terminal.end()
 
 
 def test_run_chat_takes_the_keyboard_where_there_is_one(monkeypatch):
