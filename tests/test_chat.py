@@ -382,7 +382,7 @@ class Terminal:
         return True
 
     def interrupt(self, pattern: str) -> None:
-        """Presses Ctrl-C until the pattern comes; readline does not see one between its prompt and its wait for keys."""
+        """Presses Ctrl-C until the pattern comes; readline misses one between its prompt and its wait for keys."""
         for _ in range(6):
             self.type("\x03")
             if self.comes(pattern, 10):
