@@ -119,7 +119,7 @@ def run_dense(pipe: LazyPipeline, text: str, questions: list[str], times: Times)
     for prompt in prompts:
         new = ids(prompt[shared:], model)
         answers.append(seconds(partial(model, new, past_key_values=cache, logits_to_keep=1)))
-        cache.crop(shared)
+        cache.crop(shared - cache.get_seq_length())
     times.questions.append(answers)
 
 

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -362,6 +363,7 @@ class Terminal:
         import termios
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background may have Ctrl-C ignored
 
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())

@@ -30,7 +30,8 @@ PROMPTS = [random_ids(1, length, seed)[0].tolist() for seed, length in enumerate
 
 @pytest.fixture
 def pipe() -> LazyPipeline:
-    return LazyPipeline(tiny_model(), **PRUNING)
+    """On a model of its own: what other tests leave in a generation config would make other replies of its replies."""
+    return LazyPipeline(tiny_model.__wrapped__(), **PRUNING)
 
 
 @pytest.fixture
