@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyllm.ablation.units import Record
-from lazyllm.appending import Appender
+from lazyllm.appending import Appender, locked, whole_lines
 from lazyllm.errors import InputError
 
 RESULTS, ITEMS, PLAN, STUDY, LOCK = "results.jsonl", "items.jsonl", "plan.json", "study.yaml", "lock"
@@ -68,14 +67,8 @@ def read_lines(path: Path) -> Lines:
     Raises:
         InputError: when it cannot be read, or is of something else.
     """
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    found = Lines(size=content.rfind(b"\n") + 1)
-    *whole, rest = content.split(b"\n")
-    if content and not any(MARK.startswith(line[: len(MARK)]) for line in whole or [rest]):
-        raise InputError(f"{str(path)!r} is no file of a study; move it away, or take another folder")
+    whole, _ = whole_lines(path, MARK, "no file of a study; move it away, or take another folder")
+    found = Lines(size=sum(len(line) + 1 for line in whole))
     for number, line in enumerate(whole, 1):
         data = read(line)
         found.damaged.append(number) if data is None else found.data.append(data)
@@ -187,18 +180,11 @@ class Store:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    unusable = f"cannot use the folder {str(folder)!r}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise InputError(f"cannot use the folder {str(folder)!r}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another process is running the study in {str(folder)!r}; wait for it, or take another folder"
-            ) from None
+        raise InputError(f"{unusable}: {error.strerror}") from None
+    busy = f"another process is running the study in {str(folder)!r}; wait for it, or take another folder"
+    with locked(folder / LOCK, unusable=unusable, busy=busy):
         yield
-    finally:
-        os.close(file)

@@ -326,7 +326,10 @@ def load_document(
     """See `LazyPipeline.load`."""
     began = time.perf_counter()
     tokenizer = _tokenizer(pipe)
-    documents = SEPARATOR.join(_checked(texts))
+    given = [texts] if isinstance(texts, str) else list(texts)
+    if not given:
+        raise InputError("load takes one text or several, got none")
+    documents = SEPARATOR.join(checked_texts(given))
     frame = Frame(layout=_checked_layout(layout), system=system, chat=tokenizer.chat_template is not None)
     if system is not None and not frame.chat:
         raise InputError("a system message needs a tokenizer with a chat template; make it part of the layout")
@@ -380,20 +383,17 @@ def _tokenizer(pipe: LazyPipeline) -> PreTrainedTokenizerBase:
     return pipe.tokenizer
 
 
-def _checked(texts: str | Sequence[str]) -> list[str]:
+def checked_texts(texts: Sequence[str]) -> list[str]:
     """Texts without surrounding space.
 
     Raises:
-        InputError: when there is none, or one is blank or no text.
+        InputError: when one is blank or no text.
     """
-    given = [texts] if isinstance(texts, str) else list(texts)
-    if not given:
-        raise InputError("load takes one text or several, got none")
-    for number, text in enumerate(given):
+    for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"document {number} is of type {type(text).__name__}, not a text: {repr(text)[:80]}")
         check_not_blank(text, f"document {number}")
-    return [text.strip() for text in given]
+    return [text.strip() for text in texts]
 
 
 def _checked_layout(layout: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
-from lazyllm.contexts.documents import SEPARATOR, Document
+from lazyllm.contexts.documents import SEPARATOR, Document, checked_texts
 from lazyllm.errors import InputError
 from lazyllm.prompts import PLACEHOLDER, Message, check_not_blank
 from lazyllm.result import GenerationStats
@@ -64,13 +64,10 @@ class Opening:
         Raises:
             InputError: when one is blank or no text.
         """
-        for number, text in enumerate(documents):
-            if not isinstance(text, str):
-                raise InputError(f"document {number} is of type {type(text).__name__}, not a text: {repr(text)[:80]}")
-            check_not_blank(text, f"document {number}")
+        texts = checked_texts(documents)
         if system is not None:
             check_not_blank(system, "the system message")
-        return cls(system, "".join(text.strip() + SEPARATOR for text in documents))
+        return cls(system, "".join(text + SEPARATOR for text in texts))
 
     @classmethod
     def of_loaded(cls, document: Document) -> Opening:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-from lazyllm.appending import Appender
-from lazyllm.errors import InputError
+from lazyllm.appending import Appender, locked, whole_lines
 
 MARK = b'{"id": "'
 """How every line begins."""
@@ -82,14 +79,8 @@ def look_into(path: Path) -> Kept:
     Raises:
         InputError: when it cannot be read, or is of something else.
     """
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    *whole, rest = content.split(b"\n")
-    if content and not any(MARK.startswith(line[: len(MARK)]) for line in whole or [rest]):
-        raise InputError(f"{str(path)!r} is no file of replies; move it away, or take another one")
-    kept = Kept(size=len(content) - len(rest))
+    whole, rest = whole_lines(path, MARK, "no file of replies; move it away, or take another one")
+    kept = Kept(size=sum(len(line) + 1 for line in whole))
     if rest:
         kept.notices.append(f"{path}: the last line was cut off; it is taken away, and its prompt computed again")
     for number, line in enumerate(whole, 1):
@@ -119,7 +110,8 @@ class ReplyFile:
         Raises:
             InputError: when another process writes to it, or it cannot be used.
         """
-        with _locked(path):
+        busy = f"another process writes to {str(path)!r}; wait for it, or take another file"
+        with locked(path, unusable=f"cannot write {str(path)!r}", busy=busy):
             replies = cls(path)
             try:
                 yield replies
@@ -133,19 +125,3 @@ class ReplyFile:
             InputError: when they cannot be written.
         """
         self._lines.append(reply.line() for reply in replies)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process writes to {str(path)!r}; wait for it, or take another file") from None
-        yield
-    finally:
-        os.close(file)

@@ -40,7 +40,7 @@ class Evictor:
 
     def evict(self, step: Step, layer: int, readings: Readings) -> None:
         """Marks what falls out of every row's store at `layer`; it is dropped when the step is done."""
-        states = step.states[0].split([tokens.numel() for tokens in step.flight])
+        states = step.row_states()
         for index, row in enumerate(step.rows):
             if not step.flight[index].numel():
                 continue
