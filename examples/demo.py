@@ -25,9 +25,9 @@ from lazyllm import (
     ProgressBar,
     TokenTrace,
 )
-from lazyllm.clock import TokenClock
 from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loading
 from lazyllm.evaluation.plots import plot_kept
+from lazyllm.generation.clock import TokenClock
 from lazyllm.models.loading import load_model
 
 # isort: split

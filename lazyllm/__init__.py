@@ -37,6 +37,8 @@ from lazyllm.errors import (
     PolicyError,
     UnsupportedModelError,
 )
+from lazyllm.generation.result import GenerationResult, GenerationStats
+from lazyllm.generation.streams import TextStream
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies import (
     SCHEDULES,
@@ -80,8 +82,6 @@ from lazyllm.policies import (
     ValueWeightedAttention,
     WindowAttention,
 )
-from lazyllm.result import GenerationResult, GenerationStats
-from lazyllm.streams import TextStream
 
 __version__ = "0.1.0"
 

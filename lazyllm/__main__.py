@@ -1,6 +1,6 @@
 """`python -m lazyllm`."""
 
-from lazyllm.cli import main
+from lazyllm.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from lazyllm.result import GenerationResult
+    from lazyllm.generation.result import GenerationResult
 
 
 @dataclass(frozen=True)

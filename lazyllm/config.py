@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from lazyllm.caches import CACHES, AuxCache, CachePolicy
 from lazyllm.errors import ConfigError, unknown
-from lazyllm.fields import mapping_in, text_in
+from lazyllm.files.fields import mapping_in, text_in
 from lazyllm.policies.base import Policy
 from lazyllm.policies.nested import AnySchedule, AnyScorer
 from lazyllm.policies.protect import Protect

@@ -21,7 +21,6 @@ from lazyllm.caches import CachePolicy, LazyCache
 from lazyllm.caches.row import PromptMarks
 from lazyllm.caches.saved import load_cache
 from lazyllm.callbacks import Callback, GenerateEnd
-from lazyllm.clock import TokenClock, peak_bytes
 from lazyllm.config import LazyConfig
 from lazyllm.contexts.conversation import Conversation, Documents, Overflow
 from lazyllm.contexts.conversation_file import load_conversation
@@ -29,7 +28,10 @@ from lazyllm.contexts.documents import LAYOUT, Document, load_document, open_doc
 from lazyllm.contexts.prefixes import PrefixCache
 from lazyllm.contexts.turns import Tool
 from lazyllm.errors import AttachError, CacheError, ConfigError, InputError, LazyLLMError
-from lazyllm.generation import Options, reply_tokens
+from lazyllm.generation.clock import TokenClock, peak_bytes
+from lazyllm.generation.options import Options, reply_tokens
+from lazyllm.generation.result import GenerationResult, Lengths, StepRecorder, make_stats
+from lazyllm.generation.streams import TextStream
 from lazyllm.models.adapters import unwrapped
 from lazyllm.models.attach import attached, check_model, turn_of
 from lazyllm.models.families import DecoderContract, contract_of, input_device
@@ -44,8 +46,6 @@ from lazyllm.policies.protect import Protect
 from lazyllm.policies.query import Query, TokenRange, check_query
 from lazyllm.policies.select import Selector
 from lazyllm.prompts import EncodedPrompt, Prompt, encode, is_batch, pad_left
-from lazyllm.result import GenerationResult, Lengths, StepRecorder, make_stats
-from lazyllm.streams import TextStream
 
 if TYPE_CHECKING:
     from lazyllm.mapping import Reply

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lazyllm import InputError, LazyConfig
 from lazyllm.ablation import Study
 from lazyllm.ablation.trackers import MLflow, TensorBoard, tracker_named
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from tests.studies import load, short_items, small, tiny
 
 STUDY = """

@@ -18,9 +18,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lazyllm import CacheError, InputError, LazyPipeline
-from lazyllm.chat import COMMANDS, Chat, NamedText, read_documents, run_chat
-from lazyllm.cli import app
-from lazyllm.terminal import LiveLine, Wrapped, printable
+from lazyllm.cli.chat import COMMANDS, Chat, NamedText, read_documents, run_chat
+from lazyllm.cli.main import app
+from lazyllm.cli.terminal import LiveLine, Wrapped, printable
 from tests.talks import DOCUMENT, GREEDY, TURNS, pipeline, tokenizer
 from tests.tiny import tiny_model
 
@@ -196,7 +196,7 @@ def test_ctrl_c_before_the_reply_takes_the_question_back(monkeypatch):
         def on_layer_end(self, event):
             time.sleep(0.2)
 
-    monkeypatch.setattr("lazyllm.chat.LiveLine", Slow)
+    monkeypatch.setattr("lazyllm.cli.chat.LiveLine", Slow)
     monkeypatch.setattr(type(chat.chat), "stream", closed)
     chat.take("w1 ?")
     assert not chat.chat.turns
@@ -419,6 +419,6 @@ def test_in_a_terminal(folder: Path):
 def test_run_chat_takes_the_keyboard_where_there_is_one(monkeypatch):
     chat = opened()
     monkeypatch.setattr("sys.stdin", type("Keyboard", (), {"isatty": lambda self: True})())
-    monkeypatch.setattr("lazyllm.chat.typed", script("w1 ?", None))
+    monkeypatch.setattr("lazyllm.cli.chat.typed", script("w1 ?", None))
     run_chat(chat)
     assert len(chat.chat.turns) == 1

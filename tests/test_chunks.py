@@ -21,7 +21,7 @@ from lazyllm import (
     WindowAttention,
 )
 from lazyllm.caches import LayerView
-from lazyllm.indexing import is_ascending
+from lazyllm.caches.indexing import is_ascending
 from lazyllm.models.masks import WHOLE, RowMasks, causal
 from tests.histories import new_history
 from tests.replay import assert_replays

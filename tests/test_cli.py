@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lazyllm import CACHES, SCHEDULES, SCORERS, Constant, InputError, LazyConfig, LazyPipeline, preset_names
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from lazyllm.policies import Keep, Phase
 from tests.tiny import word_tokenizer
 
@@ -126,7 +126,7 @@ def test_what_no_option_names_is_the_presets(lazyllm, tmp_path, monkeypatch):
         made.append(config)
         raise InputError("seen enough")
 
-    monkeypatch.setattr("lazyllm.cli.LazyPipeline.from_config", note)
+    monkeypatch.setattr("lazyllm.cli.main.LazyPipeline.from_config", note)
     path = LazyConfig(chunk=7).save(tmp_path / "own.yaml")
     for options in ([], ["--compile"]):
         lazyllm("generate", "--preset", path, "--scorer", "Random", "--prompt", PROMPT, *options)
@@ -310,7 +310,7 @@ def test_inspect_config_refuses_in_one_line(lazyllm, tmp_path):
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_without_the_extra_the_command_says_what_to_install(package: str):
-    code = f"import sys; sys.modules[{package!r}] = None; import lazyllm; import lazyllm.cli"
+    code = f"import sys; sys.modules[{package!r}] = None; import lazyllm; import lazyllm.cli.main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].endswith("pip install lazyllm-torch[cli]")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lazyllm
 from lazyllm import CACHES, SCHEDULES, SCORERS, preset_names
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from tests.tiny import word_tokenizer
 
 ROOT = Path(__file__).parents[1]

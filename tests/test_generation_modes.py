@@ -27,8 +27,8 @@ from lazyllm import (
 )
 from lazyllm.caches.arrival import Arrival
 from lazyllm.callbacks import LayerEnd, RowTrace
-from lazyllm.clock import TokenClock
-from lazyllm.generation import REFUSED
+from lazyllm.generation.clock import TokenClock
+from lazyllm.generation.options import REFUSED
 from tests.histories import CACHES, FORGETTING_CACHES, policies
 from tests.replay import replay
 from tests.tiny import LAYERS, VOCABULARY, random_ids, tiny_model, word_tokenizer

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from lazyllm import ConfigError, InputError, LazyConfig, LazyPipeline, PromptMarks
 from lazyllm.ablation.lm_eval_tasks import family
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from lazyllm.evaluation import harness_cli
 from lazyllm.evaluation.continuations import score_replies
 from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loading
@@ -602,7 +602,7 @@ def test_a_wrong_argument_is_one_line(only_ruler):
 
 def test_lazyllm_does_without_lm_eval_and_the_module_says_what_to_install():
     code = (
-        "import sys, lazyllm, lazyllm.cli\n"
+        "import sys, lazyllm, lazyllm.cli.main\n"
         "assert 'lm_eval' not in sys.modules\n"
         "sys.modules['lm_eval'] = None\n"
         "import lazyllm.evaluation.harness\n"

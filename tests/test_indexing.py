@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyllm.indexing import GrowingBuffer
+from lazyllm.caches.indexing import GrowingBuffer
 
 
 @given(st.data())

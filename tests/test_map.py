@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lazyllm import AuxCache, InputError, LazyPipeline, Protect, Stages, WindowAttention
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from lazyllm.mapping import Reply
 from lazyllm.mapping.replies import look_into
 from lazyllm.mapping.run import Task, packed

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from lazyllm.ablation.paper_tables import paper_rows, paper_sections
 from lazyllm.ablation.results import Results
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from tests.studies import load, small
 
 CELLS = [{"name": "fifth", "schedule": "Constant(keep=0.2, start=1)"}, {"name": "half"}]

@@ -39,7 +39,7 @@ from lazyllm import (
     WindowAttention,
     preset_names,
 )
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from lazyllm.costs import Device, ModelShape, Rate, calibrate, entering_tokens, full_below_break_even, predict
 from lazyllm.costs import calibrate as calibration
 from lazyllm.costs.device import data_sheets

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from lazyllm import InputError
 from lazyllm.ablation.comparisons import comparisons
 from lazyllm.ablation.results import Results
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from lazyllm.evaluation.statistics import holm, paired_difference, paired_p_value
 from tests.studies import load, small
 

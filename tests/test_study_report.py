@@ -12,7 +12,7 @@ from lazyllm.ablation import Study
 from lazyllm.ablation.report import report_data
 from lazyllm.ablation.results import Results
 from lazyllm.ablation.store import STUDY
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from lazyllm.pages.report import Estimate
 from tests.studies import NotANumber, load, small
 

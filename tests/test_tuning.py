@@ -32,14 +32,14 @@ from lazyllm import (
     TwoHop,
     WindowAttention,
 )
-from lazyllm.cli import app
+from lazyllm.cli.main import app
 from lazyllm.costs import entering_tokens
 from lazyllm.evaluation.fidelity import divergence
 from lazyllm.evaluation.quality import Contender, forced_logits, greedy_reply
+from lazyllm.files.prompts import NamedPrompt
 from lazyllm.policies.base import Phase
 from lazyllm.policies.schedules.tuned import Measured, TunedFile
 from lazyllm.policies.select import Selector
-from lazyllm.prompt_files import NamedPrompt
 from lazyllm.tuning import fidelity as fidelity_module
 from lazyllm.tuning.fidelity import Fidelity
 from lazyllm.tuning.prompts import read_prompts, split

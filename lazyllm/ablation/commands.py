@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
-from lazyllm.console import device_named, errors_as_lines
+from lazyllm.cli.console import device_named, errors_as_lines
 from lazyllm.errors import InputError
 from lazyllm.evaluation.options import names_in
 from lazyllm.extras import needed

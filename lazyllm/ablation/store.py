@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lazyllm.ablation.units import Record
-from lazyllm.appending import Appender, locked, whole_lines
 from lazyllm.errors import InputError
+from lazyllm.files.lines import Appender, locked, whole_lines
 
 RESULTS, ITEMS, PLAN, STUDY, LOCK = "results.jsonl", "items.jsonl", "plan.json", "study.yaml", "lock"
 MARK = b'{"check": "'

@@ -32,7 +32,7 @@ from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
 from lazyllm.evaluation.quality import STOCK
 from lazyllm.extras import needed
-from lazyllm.fields import mapping_in, text_in
+from lazyllm.files.fields import mapping_in, text_in
 from lazyllm.policies.base import Value
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lazyllm.indexing import is_writable
+from lazyllm.caches.indexing import is_writable
 
 
 class FrontierStore:

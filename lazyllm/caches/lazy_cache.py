@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from lazyllm.caches.indexing import is_ascending
 from lazyllm.caches.policy import CachePolicy
 from lazyllm.caches.row import PromptMarks, Row, RowMark, copied, distinct, token_counts
 from lazyllm.errors import CacheError, InputError
-from lazyllm.indexing import is_ascending
 from lazyllm.models.fingerprint import fingerprint
 
 

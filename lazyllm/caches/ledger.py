@@ -6,7 +6,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from lazyllm.indexing import GrowingBuffer
+from lazyllm.caches.indexing import GrowingBuffer
 
 AXES = 3
 """Of a RoPE that gives the tokens of an image a time, a row and a column."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lazyllm.indexing import GrowingBuffer, is_ascending, locate
+from lazyllm.caches.indexing import GrowingBuffer, is_ascending, locate
 
 
 class StateMemory:

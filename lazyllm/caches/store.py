@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lazyllm.indexing import GrowingBuffer, locate
+from lazyllm.caches.indexing import GrowingBuffer, locate
 
 
 class KeyValueStore:

@@ -16,14 +16,14 @@ from lazyllm.contexts.documents import Document
 from lazyllm.contexts.prefixes import take_up
 from lazyllm.contexts.turns import Opening, Tool, Turn, message_of, schema_of
 from lazyllm.errors import CacheError, InputError
-from lazyllm.generation import Options
+from lazyllm.generation.options import Options
+from lazyllm.generation.result import GenerationResult
 from lazyllm.policies.query import Query, check_query
 from lazyllm.prompts import PLACEHOLDER, EncodedPrompt, Message, encode_turn
-from lazyllm.result import GenerationResult
 
 if TYPE_CHECKING:
+    from lazyllm.generation.streams import TextStream
     from lazyllm.pipeline import LazyPipeline
-    from lazyllm.streams import TextStream
 
 Overflow = Literal["error", "slide"]
 """What a turn does that finds the context full."""

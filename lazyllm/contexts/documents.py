@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.errors import CacheError, InputError
+from lazyllm.generation.result import GenerationResult
 from lazyllm.policies.base import explain
 from lazyllm.policies.query import Query, check_query
 from lazyllm.prompts import (
@@ -26,11 +27,10 @@ from lazyllm.prompts import (
     mark,
     render,
 )
-from lazyllm.result import GenerationResult
 
 if TYPE_CHECKING:
+    from lazyllm.generation.streams import TextStream
     from lazyllm.pipeline import LazyPipeline
-    from lazyllm.streams import TextStream
 
 LAYOUT = "{documents}\n\n{question}"
 """The user's message where no other layout is asked for."""

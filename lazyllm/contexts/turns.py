@@ -10,8 +10,8 @@ from transformers.utils import get_json_schema
 
 from lazyllm.contexts.documents import SEPARATOR, Document, checked_texts
 from lazyllm.errors import InputError
+from lazyllm.generation.result import GenerationStats
 from lazyllm.prompts import PLACEHOLDER, Message, check_not_blank
-from lazyllm.result import GenerationStats
 
 Tool = Mapping[str, Any] | Callable[..., Any]
 """A JSON schema, or a function whose annotations and docstring make one."""

@@ -17,11 +17,11 @@ from lazyllm.caches import AuxCache, CachePolicy, DenseCache
 from lazyllm.caches.frontier import FrontierStore
 from lazyllm.costs.device import HERE, Device, Rate
 from lazyllm.costs.shape import ModelShape
+from lazyllm.generation.result import GenerationResult
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.base import stable_top
 from lazyllm.policies.schedules import Stages
 from lazyllm.policies.scorers import LastTokenAttention
-from lazyllm.result import GenerationResult
 
 LINEAR_TOKENS, LINEAR_WIDTHS = (16, 64, 256, 1024, 4096), (128, 256, 512, 1024, 2048)
 ATTENTION_TOKENS, ATTENTION_WIDTHS = (64, 256, 1024, 4096), (32, 64, 128)

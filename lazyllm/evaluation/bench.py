@@ -26,14 +26,14 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 import lazyllm
 from lazyllm.caches import AuxCache
 from lazyllm.caches.row import PromptMarks
-from lazyllm.clock import TokenClock
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import EngineError, InputError, unknown
 from lazyllm.evaluation.sections import Section, bold, conditions, in_rounds, length_range, times
+from lazyllm.generation.clock import TokenClock
+from lazyllm.generation.result import GenerationResult, GenerationStats
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import Query, TokenRange
 from lazyllm.prompts import EncodedPrompt, pad_left
-from lazyllm.result import GenerationResult, GenerationStats
 
 STOCK_KERNELS = ("sdpa", "eager")
 PREFILL_ONLY = "prefill-only"

@@ -31,9 +31,9 @@ from lazyllm.evaluation.bench import (
 )
 from lazyllm.evaluation.memory import Footprint, ReplySize, reply_sizes, trace_reply
 from lazyllm.evaluation.sections import Section, conditions, in_rounds, length_range, save_page
+from lazyllm.generation.result import GenerationStats
 from lazyllm.policies.query import TokenRange
 from lazyllm.policies.schedules import Constant, PerPhase, Stages
-from lazyllm.result import GenerationStats
 
 KERNEL = "sdpa"
 STOCK = f"stock {KERNEL}"

@@ -21,10 +21,10 @@ from lazyllm.config import LazyConfig
 from lazyllm.errors import LazyLLMError
 from lazyllm.evaluation.bench import reply_options
 from lazyllm.evaluation.data import quiet_loading
+from lazyllm.generation.result import GenerationResult
 from lazyllm.models.loading import dtype_named, load_model
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import TokenRange
-from lazyllm.result import GenerationResult
 
 STATM = Path("/proc/self/statm")
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lazyllm.evaluation.predictions import Check
     from lazyllm.evaluation.scorers import Kept
     from lazyllm.evaluation.statistics import Effect
-    from lazyllm.result import GenerationStats
+    from lazyllm.generation.result import GenerationStats
 
 BANDS = 4
 NAMED_CURVES = 6

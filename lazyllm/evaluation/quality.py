@@ -21,7 +21,7 @@ from lazyllm.callbacks import PrefillShare
 from lazyllm.evaluation.fidelity import divergence, token_agreement, top1_agreement
 from lazyllm.evaluation.metrics import rouge_l
 from lazyllm.evaluation.tasks import Item
-from lazyllm.generation import Options
+from lazyllm.generation.options import Options
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import AUTO_TOKENS
 from lazyllm.prompts import EncodedPrompt, Prompt, tokens_touching

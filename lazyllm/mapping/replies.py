@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-from lazyllm.appending import Appender, locked, whole_lines
+from lazyllm.files.lines import Appender, locked, whole_lines
 
 MARK = b'{"id": "'
 """How every line begins."""

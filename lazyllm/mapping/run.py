@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.extras import needed
-from lazyllm.generation import Options
+from lazyllm.generation.options import Options
+from lazyllm.generation.result import GenerationResult
 from lazyllm.mapping.identity import Addresses
 from lazyllm.mapping.replies import Reply, ReplyFile
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import Query
 from lazyllm.prompts import EncodedPrompt, Prompt
-from lazyllm.result import GenerationResult
 
 Errors = Literal["raise", "return"]
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lazyllm.indexing import locate
+from lazyllm.caches.indexing import locate
 from lazyllm.models.masks import Span, additive, causal, padding_mask
 from lazyllm.models.ranks import ALONE, Ranks
 

@@ -9,8 +9,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from lazyllm.caches.indexing import is_ascending
 from lazyllm.errors import InputError
-from lazyllm.indexing import is_ascending
 
 
 def causal(query_positions: Tensor, key_positions: Tensor, window: int | None, reach: Tensor | None = None) -> Tensor:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from lazyllm.errors import InputError
+from lazyllm.generation.result import GenerationResult, GenerationStats
 from lazyllm.pages.pieces import prompt_pieces, reply_pieces
 from lazyllm.pages.render import as_numbers, render, save
 from lazyllm.pages.trace import Cut, Flags, Ints, Recorder, StepTrace
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import Query, query_tokens
 from lazyllm.prompts import EncodedPrompt, Prompt, is_batch
-from lazyllm.result import GenerationResult, GenerationStats
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
 from lazyllm.evaluation.fidelity import divergence
 from lazyllm.evaluation.quality import Contender, forced_logits, greedy_reply
+from lazyllm.files.prompts import NamedPrompt
+from lazyllm.generation.result import StepRecorder, step_flops
 from lazyllm.models.families import contract_of
 from lazyllm.models.fingerprint import fingerprint
 from lazyllm.models.flops import flop_model
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.schedules.tuned import Measured
-from lazyllm.prompt_files import NamedPrompt
-from lazyllm.result import StepRecorder, step_flops
 
 
 @dataclass(frozen=True)

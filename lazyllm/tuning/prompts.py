@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from lazyllm.errors import InputError
-from lazyllm.prompt_files import NamedPrompt, prompts_in
+from lazyllm.files.prompts import NamedPrompt, prompts_in
 
 VALIDATION_SHARE = 1 / 3
 """Of the prompts, those that choose nothing."""

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
+from lazyllm.files.prompts import NamedPrompt
 from lazyllm.policies.schedules.tuned import Measured, Tuned, TunedFile
-from lazyllm.prompt_files import NamedPrompt
 from lazyllm.tuning.fidelity import Fidelity, Reference
 from lazyllm.tuning.prompts import split
 from lazyllm.tuning.space import RULES, Space

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lazyllm.cli.terminal import LiveLine, Wrapped, piped, printable, typed
 from lazyllm.contexts.conversation import Conversation
 from lazyllm.contexts.turns import Turn
 from lazyllm.errors import InputError, LazyLLMError, unknown
 from lazyllm.prompts import decode_text
-from lazyllm.terminal import LiveLine, Wrapped, piped, printable, typed
 
 if TYPE_CHECKING:
     from lazyllm.pipeline import LazyPipeline

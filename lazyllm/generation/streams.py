@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from lazyllm.callbacks import Callback, LayerEnd
 from lazyllm.errors import InputError
-from lazyllm.result import GenerationResult
+from lazyllm.generation.result import GenerationResult
 
 
 class TextStream:

@@ -28,6 +28,8 @@ from lazyllm.errors import ConfigError, InputError
 from lazyllm.evaluation.data import quiet_loading
 from lazyllm.evaluation.harness_cli import run_lm_eval
 from lazyllm.evaluation.options import names_in
+from lazyllm.files.prompts import prompts_in
+from lazyllm.generation.result import GenerationResult
 from lazyllm.models.loading import DTYPES, dtype_named, load_model
 from lazyllm.models.quantize import WEIGHTS
 from lazyllm.pipeline import LazyPipeline
@@ -35,9 +37,7 @@ from lazyllm.policies import SCHEDULES, SCORERS
 from lazyllm.policies.base import Keep, Phase, Policy, Registry
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.select import Selector
-from lazyllm.prompt_files import prompts_in
 from lazyllm.prompts import check_not_blank, decode_text
-from lazyllm.result import GenerationResult
 
 try:
     import typer
@@ -48,7 +48,7 @@ try:
     from rich.text import Text
 
     from lazyllm.ablation import commands
-    from lazyllm.console import device_named, errors_as_lines
+    from lazyllm.cli.console import device_named, errors_as_lines
     from lazyllm.extras import needed
 except ImportError as missing:
     raise SystemExit(
@@ -339,7 +339,7 @@ def chat_with(
     slide: Annotated[bool, typer.Option(help="Let go of the oldest turns when the context is full.")] = True,
 ) -> None:
     """Talks about documents: questions from the keyboard or a pipe, replies on stdout as they come."""
-    from lazyllm.chat import Chat, loaded_documents, read_documents, run_chat
+    from lazyllm.cli.chat import Chat, loaded_documents, read_documents, run_chat
 
     config = _config(preset, scorer, schedule, cache, sinks, recent)
     options = {"max_new_tokens": max_new_tokens, **_decoding(sample, temperature, seed)}
