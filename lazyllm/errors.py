@@ -7,7 +7,11 @@
     ├── AttachError            the model already runs under a LazyStack
     ├── CacheError             a cache is of the wrong kind, model, batch or in use
     ├── InputError             a prompt, mask, position or requested output cannot be used
-    └── EngineError            another engine, run beside lazyllm to compare them, failed
+    ├── EngineError            another engine, run beside lazyllm to compare them, failed
+    └── ServingError           a job cannot be done now, or no more
+        ├── QueueFull          as many jobs wait as may; try again later
+        ├── Closed             the engine takes no more jobs
+        └── Cancelled          the job was given up by whoever asked for it
 
 `ConfigError` and `InputError` are also `ValueError`, so generic callers may catch that.
 """
@@ -46,6 +50,30 @@ class InputError(LazyLLMError, ValueError):
 
 class EngineError(LazyLLMError):
     """Another engine, run beside lazyllm to compare them, failed; the message says what it said last."""
+
+
+class ServingError(LazyLLMError):
+    """A job cannot be done now, or no more; nothing is wrong with it."""
+
+
+class QueueFull(ServingError):
+    """As many jobs wait as may.
+
+    Attributes:
+        retry_seconds: when it may be worth trying again.
+    """
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class Closed(ServingError):
+    """The engine takes no more jobs."""
+
+
+class Cancelled(ServingError):
+    """The job was given up by whoever asked for it."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
