@@ -33,15 +33,10 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     Args:
         engine: runs the jobs.
         settings: names, keys and limits.
-
-    Raises:
-        InputError: when the engine has no pipeline of one of the policies' names.
     """
-    for policy in settings.policies:
-        engine.pipeline(policy)
     app = FastAPI(title="lazyllm", version=lazyllm.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(engine)
-    app.state.service = Service(engine, settings, ModelNames(settings.name, settings.policies), metrics)
+    app.state.service = Service(engine, settings, ModelNames(settings.name, engine.policies), metrics)
     app.include_router(_asking())
     app.include_router(status.router)
     app.include_router(page_router())

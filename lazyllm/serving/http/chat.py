@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from lazyllm.pages.pieces import prompt_pieces
 from lazyllm.prompts import EncodedPrompt
 from lazyllm.serving.http.answers import Asked, Prepared, answer
-from lazyllm.serving.http.checks import check_length, check_sampling, document_named, policy_of_document
+from lazyllm.serving.http.checks import check_sampling, document_named, policy_of_document
 from lazyllm.serving.http.errors import Json
 from lazyllm.serving.http.replies import Reply, bytes_of, clipped
 from lazyllm.serving.http.schema import ChatRequest
@@ -39,10 +39,9 @@ def _policy(service: Service, body: ChatRequest) -> str:
 
 def _prepared(service: Service, body: ChatRequest, policy: str) -> Prepared:
     prompt = _encoded(service, body, policy)
-    pipeline, sampling, options = service.engine.pipeline(policy), body.sampling, body.options
-    check_length(prompt, sampling.max_tokens, pipeline.max_positions, param="messages")
+    pipeline, options = service.engine.pipeline(policy), body.options
     trace = bool(options.trace)
-    job = Job(prompt, sampling, body.replies, policy, options.document, trace)
+    job = Job(prompt, body.sampling, body.replies, policy, options.document, trace)
     return Prepared([job], [""], prompt_pieces(prompt, pipeline.tokenizer) if trace else None)
 
 

@@ -6,39 +6,21 @@ from collections.abc import Iterable
 
 from lazyllm.contexts.documents import Document
 from lazyllm.errors import InputError
-from lazyllm.prompts import EncodedPrompt
 from lazyllm.serving.http.errors import ApiError
 from lazyllm.serving.http.service import Service
 from lazyllm.serving.jobs import Sampling
 
 
-def check_length(prompt: EncodedPrompt, max_tokens: int | None, positions: int | None, *, param: str) -> None:
-    """Refuses what needs more positions than the model has.
-
-    Raises:
-        ApiError: with the numbers.
-    """
-    tokens, reply = len(prompt.token_ids), max_tokens or 1
-    if positions is not None and tokens + reply > positions:
-        raise ApiError(
-            400,
-            f"the model has positions for {positions:,} tokens; the prompt has {tokens:,}, and its reply needs "
-            f"{reply:,} more",
-            param=param,
-            code="context_length_exceeded",
-        )
-
-
 def check_sampling(service: Service, sampling: Sampling, replies: int) -> None:
-    """Refuses tokens the model does not know, and more replies than the server makes for one request.
+    """Refuses tokens the model does not know, and more replies to a prompt than are made at once.
 
     Raises:
         ApiError: with the number.
     """
     check_tokens(service, sampling.logit_bias, param="logit_bias")
-    most = service.settings.max_replies
+    most = service.engine.limits.running
     if replies > most:
-        raise ApiError(400, f"a request has at most {most} replies, not {replies}", param="n", code="too_many_replies")
+        raise ApiError(400, f"n is a number from 1 to {most} here, not {replies}", param="n", code="invalid_value")
 
 
 def check_tokens(service: Service, tokens: Iterable[int], *, param: str) -> None:
@@ -72,5 +54,5 @@ def policy_of_document(service: Service, name: str) -> str:
         ApiError: when it is not loaded, or no more.
     """
     pipe, engine = document_named(service, name).pipe, service.engine
-    own = (policy for policy in service.settings.policies if engine.pipeline(policy) is pipe)
+    own = (policy for policy in engine.policies if engine.pipeline(policy) is pipe)
     return next(own, service.names.default)

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 
 from lazyllm.pages.pieces import prompt_pieces
 from lazyllm.serving.http.answers import Asked, Prepared, answer
-from lazyllm.serving.http.checks import check_length, check_sampling, check_tokens
+from lazyllm.serving.http.checks import check_sampling, check_tokens
 from lazyllm.serving.http.errors import Json
 from lazyllm.serving.http.replies import Reply, clipped
 from lazyllm.serving.http.schema import CompletionRequest
@@ -24,7 +24,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
     """Texts that go on."""
     service = service_of(request)
     policy = service.names.policy(body.model, body.options.policy)
-    check_sampling(service, body.sampling, body.replies * len(body.prompt))
+    check_sampling(service, body.sampling, body.replies)
     for prompt in body.prompt:
         if not isinstance(prompt, str):
             check_tokens(service, prompt, param="prompt")
@@ -35,8 +35,6 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
 def _prepared(service: Service, body: CompletionRequest, policy: str) -> Prepared:
     pipeline, sampling, options = service.engine.pipeline(policy), body.sampling, body.options
     prompts = [service.engine.encode(prompt, policy=policy, query=options.query) for prompt in body.prompt]
-    for prompt in prompts:
-        check_length(prompt, sampling.max_tokens, pipeline.max_positions, param="prompt")
     trace = bool(options.trace)
     jobs = [Job(prompt, sampling, body.replies, policy, trace=trace) for prompt in prompts]
     echoes = [_echo(service, prompt, policy) if body.echo else "" for prompt in body.prompt]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from lazyllm.serving.http.errors import Json
 from lazyllm.serving.http.exchange import Exchange, Outlet, Work
@@ -23,7 +24,7 @@ async def load(request: Request, body: DocumentRequest) -> Response:
 
 def _loaded(body: DocumentRequest, policy: str) -> Work:
     async def work(jobs: RequestJobs, outlet: Outlet, record: Record) -> None:
-        jobs.load(body.texts, system=body.system, policy=policy)
+        await run_in_threadpool(jobs.load, body.texts, system=body.system, policy=policy)  # counts their tokens
         async for _, event in jobs:
             if isinstance(event, JobFailed):
                 raise event.error

@@ -12,7 +12,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from lazyllm.serving.http.errors import CLIENT_GONE, ApiError, Json, as_api_error, client_gone, timed_out, too_slow
+from lazyllm.serving.http.errors import CLIENT_GONE, Json, as_api_error, client_gone, timed_out, too_slow
 from lazyllm.serving.http.jobs import RequestJobs
 from lazyllm.serving.http.record import Record
 from lazyllm.serving.http.service import Service

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -18,6 +18,8 @@ LAST = (JobEnd, JobFailed, DocumentLoaded)
 
 class RequestJobs:
     """Jobs whose events come in one queue; those that have not ended when the context is left are given up.
+
+    A thread that outlives the context may still hand in a job: it is given up as well.
 
     Args:
         engine: runs them.
@@ -34,6 +36,7 @@ class RequestJobs:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, Ticket] = {}
         self._count = 0
+        self._left = False
 
     def submit(self, job: Job) -> None:
         """Hands a job to the engine.
@@ -41,17 +44,17 @@ class RequestJobs:
         Raises:
             QueueFull, InputError, Closed: as `Engine.submit`.
         """
-        self._open[self._count] = self._engine.submit(job, self._deliver_to(self._count))
-        self._count += 1
+        self._take(lambda deliver: self._engine.submit(job, deliver))
 
     def load(self, texts: Sequence[str], *, system: str | None, policy: str) -> None:
         """Has the engine load a document; as `submit`."""
-        deliver = self._deliver_to(self._count)
-        self._open[self._count] = self._engine.load(texts, deliver, system=system, policy=policy)
-        self._count += 1
+        self._take(lambda deliver: self._engine.load(texts, deliver, system=system, policy=policy))
 
-    def _deliver_to(self, number: int) -> partial[None]:
-        return partial(self._deliver, number)
+    def _take(self, hand_in: Callable[[Callable[[Event], None]], Ticket]) -> None:
+        ticket = self._open[self._count] = hand_in(partial(self._deliver, self._count))
+        self._count += 1
+        if self._left:
+            ticket.cancel()
 
     def _deliver(self, number: int, event: Event) -> None:
         """Takes an event from the engine's thread, which goes on at once."""
@@ -79,6 +82,6 @@ class RequestJobs:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Gives up what has not ended."""
-        for ticket in self._open.values():
+        self._left = True
+        for ticket in list(self._open.values()):
             ticket.cancel()
-        self._open.clear()

@@ -31,7 +31,7 @@ def _only(*allowed: Any) -> AfterValidator:
 
 def _fault(param: str, message: str) -> PydanticCustomError:
     """A fault of several parameters, told of one."""
-    return PydanticCustomError("unsupported_value", "{message}", {"param": param, "message": message})  # noqa: RUF027
+    return PydanticCustomError("unsupported_value", "{message}", {"param": param, "message": message})
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

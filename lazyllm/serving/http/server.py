@@ -16,7 +16,6 @@ import uvicorn
 from lazyllm.errors import InputError
 from lazyllm.serving.engine import Engine
 from lazyllm.serving.http.app import create_app
-from lazyllm.serving.http.service import Service
 from lazyllm.serving.http.settings import ServerSettings
 
 PARTING_SECONDS = 5
@@ -63,10 +62,9 @@ class Server(uvicorn.Server):
         drain_seconds: float = 30.0,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        app = create_app(engine, settings)
         super().__init__(
             uvicorn.Config(
-                app,
+                create_app(engine, settings),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -74,7 +72,6 @@ class Server(uvicorn.Server):
             )
         )
         self._engine, self._drain_seconds, self._on_start = engine, drain_seconds, on_start
-        self._service: Service = app.state.service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to take requests."""
@@ -83,7 +80,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes nothing new, and waits for what runs."""
-        self._service.draining = True
         closing = threading.Thread(target=self._engine.close, kwargs={"timeout": self._drain_seconds}, daemon=True)
         closing.start()
         await super().shutdown(sockets)

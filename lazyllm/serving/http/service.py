@@ -23,7 +23,6 @@ class Service:
         names: what models are called.
         metrics: what is counted.
         started: when the server began, in seconds since 1970.
-        draining: whether it ends once its running replies have.
     """
 
     engine: Engine
@@ -31,12 +30,11 @@ class Service:
     names: ModelNames
     metrics: Metrics
     started: int = field(default_factory=lambda: int(time.time()))
-    draining: bool = False
 
     @property
     def vocabulary(self) -> int:
         """How many tokens the model knows."""
-        return int(self.engine.pipeline().model.config.get_text_config().vocab_size)
+        return int(self.engine.pipeline().model.get_input_embeddings().num_embeddings)
 
 
 def service_of(request: Request) -> Service:

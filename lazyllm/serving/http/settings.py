@@ -13,35 +13,29 @@ class ServerSettings:
 
     Attributes:
         name: what the model is called.
-        policies: names of the engine's pipelines; the first is the default.
         keys: any of them lets a client in; () = everybody may come in.
         hosts: names a client may call the server by; () = any. Keeps pages of other origins from a server on loopback.
         cors_origins: origins of pages in browsers that may ask.
         max_body_bytes: most bytes of a request.
         request_seconds: most time for a request, from its first byte to the last of the reply.
         lag_events: most events of a stream that wait for its reader.
-        max_replies: most replies of one request.
 
     Raises:
-        InputError: for a number below its least, no policy or an empty key.
+        InputError: for a number that is not above 0, or an empty key.
     """
 
     name: str
-    policies: tuple[str, ...]
     keys: tuple[str, ...] = field(default=(), repr=False)
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
     request_seconds: float = 600.0
     lag_events: int = 1024
-    max_replies: int = 16
 
     def __post_init__(self) -> None:
         """Checks what cannot be."""
-        if not self.policies:
-            raise InputError("a server needs at least one policy")
         if not all(self.keys):
             raise InputError("a key cannot be empty")
-        for name in ("max_body_bytes", "request_seconds", "lag_events", "max_replies"):
+        for name in ("max_body_bytes", "request_seconds", "lag_events"):
             if not (value := getattr(self, name)) > 0:
                 raise InputError(f"{name} is a number above 0, not {value}")

@@ -21,8 +21,8 @@ async def health() -> Json:
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
     """Whether new requests are taken."""
-    draining = service_of(request).draining
-    return JSONResponse({"status": "draining" if draining else "ready"}, 503 if draining else 200)
+    is_open = service_of(request).engine.is_open
+    return JSONResponse({"status": "ready" if is_open else "closed"}, 200 if is_open else 503)
 
 
 @router.get("/metrics")
