@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -138,8 +139,6 @@ def refused(monkeypatch):
 
 
 def test_a_taken_port_is_one_line(refused, folder):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"cannot listen on port {port}" in refused("--model", folder, "--port", port)
