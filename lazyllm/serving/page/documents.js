@@ -6,14 +6,12 @@ const MOST_BYTES = 2 ** 25;
 const documents = [];
 let pasted = 0;
 
-/** Texts of the documents, with what is still being written. */
 export function texts() {
-  take();
   return documents.map(({ text }) => text);
 }
 
 /** Adds what stands in the field. */
-function take() {
+export function collect() {
   const text = $("paste").value;
   if (!text.trim()) return;
   $("paste").value = "";
@@ -25,13 +23,13 @@ function add(name, text) {
   show();
 }
 
-function remove(document) {
-  const at = documents.indexOf(document);
+function remove(entry) {
+  const at = documents.indexOf(entry);
   documents.splice(at, 1);
   show();
   const next = $("documents").children[Math.min(at, documents.length - 1)];
   (next?.querySelector("button") ?? $("paste")).focus();
-  say(`${document.name} is removed.`);
+  say(`${shown(entry.name)} is removed.`);
 }
 
 function show() {
@@ -40,11 +38,11 @@ function show() {
   document.dispatchEvent(new Event("documents"));
 }
 
-function line(document) {
-  const name = shown(document.name);
+function line(entry) {
+  const name = shown(entry.name);
   const button = element("button", { type: "button", textContent: "×", title: "remove", ariaLabel: `remove ${name}` });
-  button.addEventListener("click", () => remove(document));
-  const length = element("span", { className: "quiet", textContent: count(document.text.length, "character") });
+  button.addEventListener("click", () => remove(entry));
+  const length = element("span", { className: "quiet", textContent: count(entry.text.length, "character") });
   return element("li", {}, element("span", { className: "name", textContent: name }), length, button);
 }
 
@@ -92,11 +90,11 @@ function decoded(bytes) {
 const bringsFiles = (event) => event.dataTransfer.types.includes("Files");
 
 $("add").addEventListener("click", () => {
-  take();
+  collect();
   $("paste").focus();
 });
 $("paste").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) take();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) collect();
 });
 $("paste").addEventListener("paste", (event) => {
   if (!event.clipboardData.files.length) return;

@@ -19,20 +19,18 @@ let countdown = 0;
 
 const options = (signal) => ({ key: $("key").value.trim(), signal });
 
-/** Name of the chosen policy; undefined for the default one. */
-function policy() {
-  const [standard] = models;
-  return $("policy").value === standard ? undefined : $("policy").value.slice(standard.length + 1);
+/** The policy that a model's id names behind the model; undefined for the default one, whose id is the model's name. */
+function policyOf(id) {
+  return id.slice(models[0].length + 1) || undefined;
 }
 
 async function readModels(signal) {
   const chosen = $("policy").value;
   models = await api.models(options(signal));
-  const [standard] = models;
-  const name = (id) => (id === standard ? "default" : id.startsWith(`${standard}:`) ? id.slice(standard.length + 1) : id);
-  $("policy").replaceChildren(...models.map((id) => element("option", { value: id, textContent: shown(name(id)) })));
+  const choices = models.map((id) => element("option", { value: id, textContent: shown(policyOf(id) ?? "default") }));
+  $("policy").replaceChildren(...choices);
   if (models.includes(chosen)) $("policy").value = chosen;
-  $("model").textContent = shown(standard);
+  $("model").textContent = shown(models[0]);
 }
 
 /** Reads the models where that is still to be done, and says why it cannot be. */
@@ -89,7 +87,7 @@ async function load(signal) {
   const made = recipe(texts);
   if (loaded?.recipe !== made) {
     $("load-status").textContent = "loading…";
-    loaded = { recipe: made, ...(await api.load({ texts, policy: policy() }, options(signal))) };
+    loaded = { recipe: made, ...(await api.load({ texts, policy: policyOf($("policy").value) }, options(signal))) };
   }
   showLoaded();
   return loaded.id;
@@ -118,6 +116,7 @@ async function ask() {
   const question = $("question").value.trim();
   if (!question || running || countdown) return;
   $("question").value = "";
+  documents.collect();
   const texts = documents.texts();
   const alone = $("first").checked && texts.length > 0;
   const turn = newTurn(question, alone);
@@ -138,14 +137,18 @@ function messages(texts) {
 
 /** Answers from the loaded documents; ones that the server has let go meanwhile are loaded again. */
 async function answerAlone(turn, signal) {
-  const body = async () => ({ messages: [{ role: "user", content: turn.question }], lazyllm: { document: await load(signal) } });
-  const wasLoaded = loaded;
+  const attempt = async () => {
+    turn.facts.textContent = "loading the documents…";
+    const document = await load(signal);
+    await answer(turn, { messages: [{ role: "user", content: turn.question }], lazyllm: { document } }, signal);
+  };
+  const before = loaded;
   try {
-    await answer(turn, await body(), signal);
+    await attempt();
   } catch (error) {
-    if (error.status !== 404 || !wasLoaded || wasLoaded !== loaded) throw error;
+    if (error.status !== 404 || !before || before !== loaded) throw error;
     loaded = null;
-    await answer(turn, await body(), signal);
+    await attempt();
   }
 }
 
@@ -159,19 +162,26 @@ async function answer(turn, { messages, lazyllm }, signal) {
     stream_options: { include_usage: true },
     lazyllm: { trace: true, ...(lazyllm ?? { query: turn.question }) },
   };
-  $("figure-cached").textContent = $("figure-prefill").textContent = "–";
+  turn.facts.textContent = "reading the prompt…";
+  turn.clock = waitFor(turn);
   for await (const event of api.chat(body, options(signal))) take(turn, event);
+  turn.isComplete = true;
 }
 
 /** Takes over what an event says. */
 function take(turn, { choices = [], usage, lazyllm = {} }) {
-  if (lazyllm.prompt) reading.begin(lazyllm.prompt);
+  if (lazyllm.prompt) beginReading(lazyllm.prompt);
   if (lazyllm.depths) reading.take(lazyllm.depths);
   for (const { delta, finish_reason: reason } of choices) {
     if (delta?.content) goOn(turn, delta.content);
     if (reason === "length") turn.notes.push("cut off at the most tokens");
   }
   if (usage) account(turn, usage);
+}
+
+function beginReading(pieces) {
+  reading.begin(pieces);
+  $("figure-cached").textContent = $("figure-prefill").textContent = "–";
 }
 
 function account(turn, { prompt_tokens, completion_tokens, prompt_tokens_details, lazyllm }) {
@@ -192,22 +202,19 @@ function account(turn, { prompt_tokens, completion_tokens, prompt_tokens_details
 
 function newTurn(question, alone) {
   const reply = element("p", { className: "answer" });
-  const facts = element("p", { className: "facts quiet", textContent: "reading the prompt…" });
+  const facts = element("p", { className: "facts quiet" });
   const node = element("li", {}, element("p", { className: "question", textContent: shown(question) }), reply, facts);
-  const turn = { question, alone, node, reply, facts, answer: "", waiting: "", notes: [], ttft: 0 };
+  const turn = { question, alone, node, reply, facts, answer: "", waiting: "", notes: [], ttft: 0, isComplete: false };
   turn.write = () => write(turn);
-  turn.clock = waitFor(turn);
   turns.push(turn);
   reply.ariaBusy = "true";
-  document.body.classList.remove("empty");
-  reading.begin([]);
   $("turns").append(node);
   node.scrollIntoView({ block: "nearest" });
   $("status").textContent = "The model reads the prompt.";
   return turn;
 }
 
-/** Counts the seconds to the first token. */
+/** Counts the seconds to the first token, until it is stopped. */
 function waitFor(turn) {
   const start = performance.now();
   const tick = () => {
@@ -242,9 +249,9 @@ function settle(turn) {
   clearInterval(turn.clock);
   flush();
   turn.reply.ariaBusy = "false";
-  const isComplete = turn.notes.length > 0;
-  if (!turn.answer && !isComplete) return takeBack(turn);
-  if (!isComplete) turn.notes.push("the answer was cut short");
+  if (!turns.includes(turn)) return; // of a conversation that was left meanwhile
+  if (!turn.answer && !turn.isComplete) return takeBack(turn);
+  if (!turn.isComplete) turn.notes.push("not complete");
   turn.facts.textContent = turn.notes.join(" · ");
   $("figure-ttft").textContent = turn.answer ? seconds(turn.ttft) : "–";
   const spoken = turn.answer.length > MOST_SPOKEN ? `${turn.answer.slice(0, MOST_SPOKEN)}…` : turn.answer;
@@ -254,7 +261,6 @@ function settle(turn) {
 function takeBack(turn) {
   turns = turns.filter((other) => other !== turn);
   turn.node.remove();
-  document.body.classList.toggle("empty", !turns.length);
   $("figure-ttft").textContent = "–";
   $("question").value ||= turn.question;
   $("status").textContent = "";
@@ -276,14 +282,15 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
 $("load").addEventListener("click", () => {
+  documents.collect();
   if (!running && !countdown) run(load);
 });
 $("fresh").addEventListener("click", () => {
   running?.abort();
   turns = [];
   $("turns").replaceChildren();
-  document.body.classList.add("empty");
-  reading.begin([]);
+  beginReading([]);
+  $("figure-ttft").textContent = "–";
   problem(null);
   $("question").focus();
 });
