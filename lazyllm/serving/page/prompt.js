@@ -4,7 +4,7 @@ import { shown } from "./dom.js";
 
 export const FLASH_MS = 1400;
 const DEEPEST_SHADE = 8;
-const ENOUGH_TOKENS = 150;
+const ENOUGH_TOKENS = 50;
 const MOST_TOKENS = 1000;
 
 export class PromptTrace {

@@ -43,7 +43,8 @@ function* runNodes(block, now) {
 /** A run; one that was revived a moment ago goes on flashing where it was, also when its block is drawn again. */
 function runNode(text, depth, age) {
   const isRevived = age >= 0;
-  const node = element(isRevived ? "mark" : "span", { textContent: text, className: `d${trace.shade(depth)}` });
+  const className = `d${trace.shade(depth)}${isRevived ? " revived" : ""}`;
+  const node = element(isRevived ? "mark" : "span", { className, textContent: text });
   if (trace.layers) node.title = `${depth} of ${count(trace.layers, "layer")}${isRevived ? ", revived" : ""}`;
   if (isRevived && age < FLASH_MS) {
     node.classList.add("fresh");
@@ -88,14 +89,14 @@ function darkness(from, to) {
 function drawLegend() {
   const entries = [...trace.shades()].map(([shade, { from, to, tokens }]) => {
     const depths = from === to ? from : `${from}–${to}`;
-    return entry("span", `d${shade}`, `${depths} of ${count(trace.layers, "layer")}: ${tokens.toLocaleString("en")}`);
+    return entry(`d${shade}`, `${depths} of ${count(trace.layers, "layer")}: ${tokens.toLocaleString("en")}`);
   });
-  const revived = entry("mark", "", "revived for the answer");
+  const revived = entry("revived", "revived for the answer");
   $("legend").replaceChildren(...(trace.layers ? [...entries, revived] : []));
 }
 
-function entry(tag, className, text) {
-  const sample = element(tag, { className: `sample ${className}`, textContent: "ab", ariaHidden: "true" });
+function entry(className, text) {
+  const sample = element("span", { className: `sample ${className}`, textContent: "ab", ariaHidden: "true" });
   return element("span", {}, sample, text);
 }
 

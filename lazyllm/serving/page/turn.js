@@ -81,6 +81,7 @@ export class Turn {
   end() {
     clearInterval(this.#clock);
     flush();
+    if (!this.node.isConnected) return; // its conversation was left meanwhile
     this.reply.ariaBusy = "false";
     this.facts.textContent = [...this.#notes, ...(this.isComplete ? [] : ["not complete"])].join(" · ");
     $("figure-ttft").textContent = this.answer ? seconds(this.#ttft) : "–";
