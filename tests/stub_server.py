@@ -182,16 +182,14 @@ def text(content: str, reason: str | None = None) -> Event:
 
 
 def usage(*, tokens: int = 100, cached: int = 40, reply: int = 3, revived: int = 2, fraction: float = 0.25) -> Event:
-    costs = {
-        "computed_fraction": fraction, "revived_tokens": revived, "queued_seconds": 0.0, "ttft_seconds": 0.25, "seconds": 1.5,
-    }  # fmt: skip
+    times = {"queued_seconds": 0.0, "ttft_seconds": 0.25, "seconds": 1.5}
     return {
         "choices": [],
         "usage": {
             "prompt_tokens": tokens,
             "completion_tokens": reply,
             "prompt_tokens_details": {"cached_tokens": cached},
-            "lazyllm": costs,
+            "lazyllm": {"computed_fraction": fraction, "revived_tokens": revived, **times},
         },
     }
 
