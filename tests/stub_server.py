@@ -54,7 +54,7 @@ class Stub:
     Attributes:
         requests: (path, headers, body) of each POST.
         replies: what is said to the next ones, in their order.
-        models: ids that are listed.
+        models: ids that are listed, with the policy of each.
         key: without it every request is refused; None = it asks for none.
         left: set when a client goes away within a stream.
     """
@@ -62,7 +62,7 @@ class Stub:
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.replies: deque[Reply] = deque()
-        self.models = ["SmolLM", "SmolLM:paper", "SmolLM:dense"]
+        self.models = {"SmolLM": "recommended", "SmolLM:paper": "paper", "SmolLM:dense": "dense"}
         self.key: str | None = None
         self.left = threading.Event()
         self.url = ""
@@ -103,7 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = "index.html" if self.path == "/" else self.path.removeprefix("/page/")
         if self.path == "/v1/models":
-            data = [{"id": name, "object": "model"} for name in self.stub.models]
+            listed = self.stub.models.items()
+            data = [{"id": name, "object": "model", "lazyllm": {"policy": policy}} for name, policy in listed]
             self._say(Reply(body={"object": "list", "data": data}) if self._is_known() else refusal(401, "no key"))
         elif name in (file.name for file in PAGE.iterdir()):
             kind = KINDS[name.rpartition(".")[2]]

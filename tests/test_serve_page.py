@@ -123,7 +123,7 @@ def test_an_answer_streams(browser, stub):
 def test_settings_are_sent(browser, stub):
     stub.says(answer("Yes."), answer("No."))
     with visited(browser, stub) as page:
-        expect(page.locator("#policy option")).to_have_text(["default", "paper", "dense"])
+        expect(page.locator("#policy option")).to_have_text(["recommended", "paper", "dense"])
         assert page.locator("#model").text_content() == "SmolLM"
         page.locator("#policy").select_option(label="paper")
         page.locator("#settings summary").click()
@@ -608,7 +608,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(browser, stub):
 
 
 def test_texts_are_shown_as_they_are(browser, stub):
-    stub.models = [HOSTILE]
+    stub.models = {HOSTILE: HOSTILE}
 
     def events():
         yield prompt(HOSTILE, "<script>", "window.ran = 1", "</script>")
@@ -746,7 +746,7 @@ def test_the_button_changes_the_colours(browser, stub):
 @pytest.mark.parametrize("width", [360, 800, 1400, 2200])
 def test_no_screen_need_scroll_sideways(browser, stub, width):
     long = "incomprehensibilities" * 20
-    stub.models = ["A-model-with-quite-a-long-name-1.5B-Instruct"]
+    stub.models = {"A-model-with-quite-a-long-name-1.5B-Instruct": "a-policy-with-a-name-of-its-own"}
     stub.says(Reply(lambda: iter([prompt(long, "\n", *PIECES), depths([30, 0, *REACHED]), text(long), usage()])))
     stub.says(refusal(400, long))
     with visited(browser, stub, width=width) as page:

@@ -44,11 +44,11 @@ function waitOf(response) {
   return Math.max(0, Math.ceil(wait)) || 0;
 }
 
-/** Ids of the models, the default first. */
+/** The models, each with the policy that it stands for: the default one first, whose id is the model's own name. */
 export async function models(options) {
   const response = await send("v1/models", options);
   const { data } = await response.json();
-  return data.map(({ id }) => id);
+  return data.map(({ id, lazyllm }) => ({ id, policy: lazyllm?.policy ?? id.slice(data[0].id.length + 1) }));
 }
 
 /** Loads texts as one document: its id, and what it took. */

@@ -24,18 +24,13 @@ function number(field) {
   return Number.isNaN(valueAsNumber) ? undefined : valueAsNumber;
 }
 
-/** The policy that a model's id names behind the model; undefined for the default one, whose id is the model's name. */
-function policyOf(id) {
-  return id.slice(models[0].length + 1) || undefined;
-}
-
 async function readModels(signal) {
   const chosen = $("policy").value;
   models = await api.models(options(signal));
-  const choices = models.map((id) => element("option", { value: id, textContent: shown(policyOf(id) ?? "default") }));
-  $("policy").replaceChildren(...choices);
-  if (models.includes(chosen)) $("policy").value = chosen;
-  $("model").textContent = shown(models[0]);
+  const name = ({ policy }) => shown(policy || "default");
+  $("policy").replaceChildren(...models.map((model) => element("option", { value: model.id, textContent: name(model) })));
+  if (models.some(({ id }) => id === chosen)) $("policy").value = chosen;
+  $("model").textContent = shown(models[0].id);
 }
 
 /** Asks the server what it has, and says so where it does not tell. */
@@ -64,7 +59,8 @@ async function load(signal) {
   const made = recipe();
   if (loaded?.recipe !== made) {
     $("load-status").textContent = "loading…";
-    const body = { texts: documents.texts(), policy: policyOf($("policy").value) };
+    const { policy } = models[$("policy").selectedIndex];
+    const body = { texts: documents.texts(), policy: policy || undefined };
     loaded = { recipe: made, ...(await api.load(body, options(signal))) };
   }
   showLoaded();
