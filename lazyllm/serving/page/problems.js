@@ -1,6 +1,6 @@
 /** What goes wrong, in words under the conversation, and the time that the server wants to be left alone. */
 
-import { $ } from "./dom.js";
+import { $, shown } from "./dom.js";
 
 const TICK_MS = 100;
 let clock = 0;
@@ -20,7 +20,7 @@ export function tell(error) {
 
 function say(text) {
   $("problem").classList.toggle("told", text !== "");
-  $("problem-text").textContent = text;
+  $("problem-text").textContent = shown(text);
 }
 
 function askForKey() {
