@@ -1,5 +1,6 @@
 """What the tests of pages share: a model that reads any text byte by byte, hostile texts, and eyes for a page."""
 
+import shutil
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from playwright.sync_api import sync_playwright
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -76,26 +78,59 @@ def seen(text: str) -> str:
 
 # -- in a browser ----------------------------------------------------------------------------------
 
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
 
 @contextmanager
-def opened(browser, path: Path, *, dark: bool = False, width: int = 1280) -> Iterator:
-    """The page in a window of its own; at the end it has reported no error and asked for nothing but itself."""
+def chromium() -> Iterator:
+    """The browser of the system."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert path, "the pages are tested in Chromium, which is not installed (Debian: apt-get install chromium)"
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield running
+        running.close()
+
+
+@contextmanager
+def window(
+    browser, url: str, *, dark: bool = False, width: int = 1280, height: int = 800, moving: bool = False
+) -> Iterator[tuple]:
+    """A page in a window of its own, the faults it reports and the addresses it asks for."""
     context = browser.new_context(
-        color_scheme="dark" if dark else "light", viewport={"width": width, "height": 800}, reduced_motion="reduce"
+        color_scheme="dark" if dark else "light",
+        viewport={"width": width, "height": height},
+        reduced_motion="no-preference" if moving else "reduce",
     )
     page = context.new_page()
     faults, requests = [], []
     page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
-    page.goto(path.as_uri())
     try:
-        yield page
-        assert faults == []
-        assert {url for url in requests if not url.startswith("data:")} == {path.as_uri()}
+        page.goto(url)
+        yield page, faults, requests
         assert page.evaluate("window.ran") is None
     finally:
         context.close()
+
+
+@contextmanager
+def opened(browser, path: Path, **look) -> Iterator:
+    """The page of a file; at the end it has reported no error and asked for nothing but itself."""
+    with window(browser, path.as_uri(), **look) as (page, faults, requests):
+        yield page
+        assert faults == []
+        assert {url for url in requests if not url.startswith("data:")} == {path.as_uri()}
 
 
 CONTRASTS = """() => {

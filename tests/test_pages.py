@@ -1,10 +1,9 @@
 """The pages, looked at in a real browser: they work, say nothing to anybody, and can be read."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from lazyllm.pages import report
 from lazyllm.pages.inspection import record, save_inspection
@@ -13,6 +12,7 @@ from tests.pages import (
     HOSTILE,
     LAYERS,
     TASKS,
+    chromium,
     drawn,
     made_study,
     opened,
@@ -22,27 +22,13 @@ from tests.pages import (
     seen,
 )
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 STORY = "It was a bright cold day in April, and the clocks were striking thirteen.\n\n" * 4
 
 
 @pytest.fixture(scope="module")
 def browser():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "the pages are tested in Chromium, which is not installed (Debian: apt-get install chromium)"
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 # -- inspect ---------------------------------------------------------------------------------------
