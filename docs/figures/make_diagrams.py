@@ -82,8 +82,9 @@ class Drawing:
         path = " L".join(f"{x:g} {y:g}" for x, y in points)
         self.add(f'<path class="line" d="M{path}" marker-end="url(#tip)"/>', max(y for _, y in points))
 
-    def save(self, name: str) -> None:
-        """Writes the file."""
+    @property
+    def svg(self) -> str:
+        """The file."""
         height = self.height + 14
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:g}" '
@@ -97,7 +98,7 @@ class Drawing:
             *self.elements,
             "</svg>\n",
         ]
-        (FOLDER / name).write_text("\n".join(lines), encoding="utf-8")
+        return "\n".join(lines)
 
 
 def run(visible: list[set[int]], depth: list[int]) -> tuple[set[tuple[int, int]], list[int]]:
@@ -298,10 +299,13 @@ def replay() -> Drawing:
     return drawing
 
 
+DRAWINGS = (step, ledger, revival, place, replay)
+
+
 def main() -> None:
     """Writes all of them beside this file."""
-    for draw in (step, ledger, revival, place, replay):
-        draw().save(f"{draw.__name__}.svg")
+    for draw in DRAWINGS:
+        (FOLDER / f"{draw.__name__}.svg").write_text(draw().svg, encoding="utf-8")
 
 
 if __name__ == "__main__":
