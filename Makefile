@@ -2,6 +2,7 @@
 #   make demo    load a small real model and ask a question about a long text, dense beside lazy
 #   make test    the whole test suite, the tests on a real checkpoint and in a browser included
 #   make check   format, lint and types
+#   make docs    the documentation as a site, out/site/index.html; a dead link or anchor is an error
 #   make bench   all benchmarks of speed, one after the other, for hours; each writes out/NAME.json, .md and .png
 #                BENCH=--quick     small prompts and one round, a few minutes
 #                BENCH="--lengths 512 --rounds 3 --out out --seed 1"     options that all of them take
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install
 BENCH ?=
 
-.PHONY: demo test check bench clean browser
+.PHONY: demo test check docs bench clean browser
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -27,6 +28,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The two variables keep back advice, printed at every build, to change to another generator of sites.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/ttft.py $(BENCH)

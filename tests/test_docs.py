@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 import sys
 import tomllib
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.tiny import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+MARKDOWN = [*PAGES, *sorted((ROOT / "docs" / "api").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 WORDS = (
     "the a of in and to who what where why did ? . report sales rise fall because of note page user assistant system"
 )
@@ -107,6 +108,26 @@ def test_the_page_of_policies_is_what_the_command_prints():
     assert page.split(marks[0])[1].split(marks[1])[0].strip() == printed.stdout.strip()
 
 
+def test_every_exported_name_is_in_the_reference():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    named = {name for page in pages for name in re.findall(r"^::: lazyllm\.(\w+)$", page.read_text(), re.MULTILINE)}
+    tables = {"CACHES", "SCHEDULES", "SCORERS"}  # described in words, on the page of what they hold
+    assert named | tables >= set(lazyllm.__all__), f"name it under docs/api: {set(lazyllm.__all__) - named - tables}"
+
+
+def test_every_preset_has_a_row_on_the_page_of_presets():
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` .*\[\1\.yaml\]\(\.\./lazyllm/presets/\1\.yaml\) \|$", page, re.MULTILINE)
+    assert sorted(rows) == preset_names()
+
+
+def test_drawings_are_what_their_script_draws():
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / "make_diagrams.py"))
+    for draw in script["DRAWINGS"]:
+        drawn = (ROOT / "docs" / "figures" / f"{draw.__name__}.svg").read_text(encoding="utf-8")
+        assert draw().svg == drawn, "run docs/figures/make_diagrams.py"
+
+
 def test_versions_agree():
     newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest, "CHANGELOG.md names no version"
@@ -115,18 +136,24 @@ def test_versions_agree():
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=name_of)
-def test_relative_links_exist(page: Path):
+def test_relative_links_and_images_exist(page: Path):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r'\]\(([^)\s]+)\)|\b(?:src|srcset|href)="([^"\s]+)"', text):
+        target = "".join(target)
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         linked = page.parent / path if path else page
         assert linked.exists(), f"{page.name} links to {target}, which does not exist"
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
-            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-            assert anchor in slugs, f"{page.name} links to {target}, but there is no such heading"
+            assert anchor in anchors(linked), f"{page.name} links to {target}, but there is no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name on a page: its headings, in small letters and with hyphens."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_law_of_the_docs_has_its_test():
