@@ -30,7 +30,9 @@ QUESTIONS = [
 
 
 def main(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of .txt and .md files; three messages without it.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of .txt and .md files; three messages without it.")
+    ] = None,
     question: Annotated[list[str], typer.Option(help="What to ask; may be repeated.")] = QUESTIONS,
     save: Annotated[Path | None, typer.Option(help="Keep the loaded folder in this file.")] = None,
     saved: Annotated[Path | None, typer.Option(help="Open what --save wrote instead of reading the folder.")] = None,

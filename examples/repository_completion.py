@@ -22,6 +22,7 @@ from lazyllm.evaluation.data import packaged_model, quiet_loading
 OWN = Path(lazyllm.__file__).parent / "policies" / "schedules"
 CURSOR_LINES = 4
 """How many lines before the cursor say what is looked for."""
+TOKENS_PER_LINE = 28
 
 
 def main(
@@ -38,6 +39,8 @@ def main(
     dense = LazyPipeline.from_preset("dense", pipe.model, pipe.tokenizer)
     written = (repository / file).read_text(encoding="utf-8").splitlines(keepends=True)
     head, truth = written[: line - 1], [one.rstrip() for one in written[line - 1 : line - 1 + lines]]
+    if not truth:
+        raise typer.BadParameter(f"{file} has {len(written)} lines, there is no line {line} to write")
     alone = f"# {file}\n" + "".join(head)
     context = neighbours(pipe, repository, file, head, context_tokens)
     print(f"{file}, line {line}:\n\n{''.join(head[-CURSOR_LINES:])}", end="")
@@ -68,7 +71,7 @@ def neighbours(pipe: LazyPipeline, repository: Path, file: str, head: list[str],
 
 def complete(name: str, pipe: LazyPipeline, prompt: str, cursor: str, truth: list[str]) -> None:
     """Writes as many lines as were hidden, and says how many of them are right."""
-    room = 4 + max(len(pipe.encode("\n".join(truth)).token_ids), 1)
+    room = TOKENS_PER_LINE * len(truth)
     reply = cast(GenerationResult, pipe.generate(prompt, query=cursor, max_new_tokens=room, do_sample=False))
     guess = [one.rstrip() for one in reply.text.splitlines()[: len(truth)]]
     right = sum(one == other for one, other in zip(guess, truth, strict=False))
