@@ -3,9 +3,9 @@
     python examples/batch_summaries.py
     python examples/batch_summaries.py notes/ --out out/notes.jsonl
 
-`pipe.map` answers prompts of like length together, and every reply is on disk before it is handed over. Stop the command
-with Ctrl-C, or end it, and run it again: what stands in the file is not computed again, and with more texts only these
-are. Without a folder it takes the shortest presidential addresses.
+`pipe.map` answers prompts of like length together, and every reply is on disk before it is handed over. Stop the
+command with Ctrl-C, or end it, and run it again: what stands in the file is not computed again, and with more texts
+only these are. Without a folder it takes the shortest presidential addresses. Needs no network.
 """
 
 from __future__ import annotations

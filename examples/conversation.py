@@ -54,9 +54,8 @@ def main(
     with TemporaryDirectory() as folder:
         path = chat.save(Path(folder) / "talk.safetensors")
         again = pipe.load_conversation(path)
-        print(
-            f"Saved and loaded: {path.stat().st_size / 1e6:.0f} MB, {len(again.turns)} turns. Both are asked once more.\n"
-        )
+        size = path.stat().st_size / 1e6
+        print(f"Saved and loaded: {size:.0f} MB, {len(again.turns)} turns. Both are asked once more.\n")
         for talk in (chat, again):
             talk.ask(question[0], **options)
             show(talk)
@@ -68,8 +67,8 @@ def show(chat: Conversation) -> None:
     stats, depth = turn.stats, chat.cache.rows[0].ledger.depth.double()
     print(f"> {turn.asked['content']}\n{turn.reply['content'].strip()}")
     print(
-        f"  first token after {stats.ttft_seconds:.2f} s; of {stats.prompt_tokens:,} tokens {stats.reused_tokens:,} were "
-        f"there, {stats.revived_tokens:,} layer-tokens revived; {depth.mean() / stats.layers:.0%} computed so far\n"
+        f"  first token after {stats.ttft_seconds:.2f} s; {stats.reused_tokens:,} of {stats.prompt_tokens:,} tokens were "
+        f"there; {stats.revived_tokens:,} layer-tokens revived; {depth.mean() / stats.layers:.0%} computed so far\n"
     )
 
 

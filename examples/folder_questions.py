@@ -55,8 +55,8 @@ def loaded(pipe: LazyPipeline, folder: Path | None) -> Document:
     stats = document.loaded
     assert stats is not None  # it was neither opened nor joined
     print(
-        f"Loaded {len(texts)} texts, {stats.tokens:,} tokens, in {stats.seconds:.2f} s: {stats.depth} of {stats.layers} "
-        f"layers, {(stats.kv_bytes + stats.aux_bytes) / 1e6:.0f} MB\n"
+        f"Loaded {len(texts)} texts, {stats.tokens:,} tokens, in {stats.seconds:.2f} s: {stats.depth} of "
+        f"{stats.layers} layers, {(stats.kv_bytes + stats.aux_bytes) / 1e6:.0f} MB\n"
     )
     return document
 

@@ -4,8 +4,8 @@
     python examples/langchain_client.py --base-url http://127.0.0.1:8000/v1
     python examples/langchain_client.py --serve      # starts a server with the packaged SmolLM2, and ends it again
 
-The server speaks OpenAI's API, so any client of that will do. What is lazyllm's own stands under one key: `lazyllm` in a
-request names the policy and what the prompt asks, in the usage of a reply it tells what was computed. Needs
+The server speaks OpenAI's API, so any client of that will do. What is lazyllm's own stands under one key: `lazyllm` in
+a request names the policy and what the prompt asks, in the usage of a reply it tells what was computed. Needs
 `pip install langchain-openai`.
 """
 

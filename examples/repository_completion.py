@@ -3,9 +3,10 @@
     python examples/repository_completion.py
     python examples/repository_completion.py REPOSITORY --file src/app.py --line 40
 
-The other files stand before the file, those that share most lines with it nearest. A model then sees how its neighbours
-are written, at the price of a long prompt. Three ways are compared: the file alone, all files with every token computed,
-and all files with the tokens that matter for the next line. Without a repository it completes a file of lazyllm itself.
+The other files stand before the file, those that share most lines with it nearest. A model then sees how its
+neighbours are written, at the price of a long prompt. Three ways are compared: the file alone, all files with every
+token computed, and all files with the tokens that matter for the next line. Without a repository it completes a file of
+lazyllm itself. Needs no network.
 """
 
 from __future__ import annotations
