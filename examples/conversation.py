@@ -67,8 +67,8 @@ def show(chat: Conversation) -> None:
     stats, depth = turn.stats, chat.cache.rows[0].ledger.depth.double()
     print(f"> {turn.asked['content']}\n{turn.reply['content'].strip()}")
     print(
-        f"  first token after {stats.ttft_seconds:.2f} s; {stats.reused_tokens:,} of {stats.prompt_tokens:,} tokens were "
-        f"there; {stats.revived_tokens:,} layer-tokens revived; {depth.mean() / stats.layers:.0%} computed so far\n"
+        f"  first token after {stats.ttft_seconds:.2f} s; {stats.reused_tokens:,} of {stats.prompt_tokens:,} tokens "
+        f"were there, {stats.revived_tokens:,} layer-tokens revived; {depth.mean() / stats.layers:.0%} computed\n"
     )
 
 

@@ -35,24 +35,20 @@ def main(
     model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file; the packaged SmolLM2 without it.")] = "",
     preset: Annotated[str, typer.Option(help="A preset, or a configuration file.")] = "recommended",
 ) -> None:
-    with quiet_loading():
-        pipe = LazyPipeline.from_pretrained(model or packaged_model(), dtype="float32", preset=preset)
-    dense = LazyPipeline.from_preset("dense", pipe.model, pipe.tokenizer)
     written = (repository / file).read_text(encoding="utf-8").splitlines(keepends=True)
     head, truth = written[: line - 1], [one.rstrip() for one in written[line - 1 : line - 1 + lines]]
     if not truth:
         raise typer.BadParameter(f"{file} has {len(written)} lines, there is no line {line} to write")
-    alone = f"# {file}\n" + "".join(head)
-    context = neighbours(pipe, repository, file, head, context_tokens)
-    print(f"{file}, line {line}:\n\n{''.join(head[-CURSOR_LINES:])}", end="")
-    print(*(f"{one}   <- hidden" for one in truth), sep="\n")
+    with quiet_loading():
+        pipe = LazyPipeline.from_pretrained(model or packaged_model(), dtype="float32", preset=preset)
+    dense = LazyPipeline.from_preset("dense", pipe.model, pipe.tokenizer)
+    alone, cursor = f"# {file}\n" + "".join(head), "".join(head[-CURSOR_LINES:])
+    whole = neighbours(pipe, repository, file, head, context_tokens) + alone
+    print(f"{file}, up to line {line}:\n\n{cursor}", *(f"{one}   <- hidden\n" for one in truth), sep="")
     dense.generate(alone, max_new_tokens=1)  # the first run pays for things that no later one does
-    for name, way, prompt in (
-        ("the file alone", dense, alone),
-        ("with its repository, dense", dense, context + alone),
-        (f"with its repository, {preset}", pipe, context + alone),
-    ):
-        complete(name, way, prompt, "".join(head[-CURSOR_LINES:]), truth)
+    complete("the file alone", dense, alone, cursor, truth)
+    complete("with its repository, dense", dense, whole, cursor, truth)
+    complete(f"with its repository, {preset}", pipe, whole, cursor, truth)
 
 
 def neighbours(pipe: LazyPipeline, repository: Path, file: str, head: list[str], most_tokens: int) -> str:

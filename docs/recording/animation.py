@@ -151,13 +151,14 @@ def style_sheet(names: dict[Style, str], spans: list[Span], loop: float) -> str:
 
 
 def look(style: Style, name: str) -> str:
+    """The rule of a style."""
     ink, _, bold, italic, underlined = style
     traits = {"font-weight:bold": bold, "font-style:italic": italic, "text-decoration:underline": underlined}
     return f".{name}{{{';'.join([f'fill:{ink}', *(trait for trait, has in traits.items() if has)])}}}"
 
 
 def timing(name: str, span: Span, loop: float) -> str:
-    """Seen from one moment of the loop to another, without what lies between the two being drawn over."""
+    """The rules by which something is seen from one moment of the loop to another."""
     start, stop = span
     stays = stop == float("inf")
     frames = [] if start == 0 else ["0%{visibility:hidden}"]
@@ -169,6 +170,7 @@ def timing(name: str, span: Span, loop: float) -> str:
 
 
 def percent(seconds: float, loop: float) -> str:
+    """A moment of the loop, as CSS."""
     return f"{100 * seconds / loop:.3f}".rstrip("0").rstrip(".") + "%"
 
 
@@ -179,6 +181,7 @@ def row_svg(shown: Shown, names: dict[Style, str]) -> str:
 
 
 def run_svg(run: Run, top: float, name: str) -> str:
+    """The text, on its colour where it has one."""
     left, width = run.column * CELL, len(run.text) * CELL
     paper = run.style[1]
     behind = f'<rect x="{left:g}" y="{top:g}" width="{width:g}" height="{LINE:g}" fill="{paper}"/>' if paper else ""

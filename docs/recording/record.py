@@ -33,6 +33,8 @@ SPEECH, MODEL = "1985-Reagan-1", "SmolLM2-135M-Instruct"
 QUESTION = "What is the name of the young woman who will graduate from West Point?"
 SHELL = "\u276f "
 """What the shell writes when it waits."""
+REPLIED = r"tokens[^\r]*\r\n[^\r]*> $"
+"""How a turn of a chat ends: with what it has cost, and the next question's mark."""
 KEY_SECONDS = 0.035
 READ_SECONDS = 1.0
 """How long a reader gets for what a command has written."""
@@ -42,7 +44,7 @@ COMMAND_SECONDS = 300
 
 @dataclass(frozen=True)
 class Line:
-    """What is typed, and what the terminal shows when it is done."""
+    """What is typed, and the pattern of what the terminal shows when it is done."""
 
     text: str
     until: str = SHELL
@@ -52,10 +54,10 @@ SESSION = (
     Line("wc -w question.txt"),
     Line("tail -n 1 question.txt"),
     Line(f"lazyllm generate --model {MODEL} --chat --prompt-file question.txt --max-new-tokens 24 --compare"),
-    Line(f"lazyllm chat --model {MODEL} --document speech.txt --max-new-tokens 24", until="> "),
-    Line(QUESTION, until="tokens\r\n> "),
-    Line("How much do taxpayers pay per passenger on Amtrak?", until="tokens\r\n> "),
-    Line("/stats", until="MB\r\n> "),
+    Line(f"lazyllm chat --model {MODEL} --document speech.txt --max-new-tokens 24", until="> $"),
+    Line(QUESTION, until=REPLIED),
+    Line("How much do taxpayers pay per passenger on Amtrak?", until=REPLIED),
+    Line("/stats", until=r"MB[^\r]*\r\n[^\r]*> $"),
     Line("/quit"),
 )
 
@@ -68,6 +70,7 @@ class Recorder:
         self._clock, self._began = clock, clock()
 
     def write(self, text: str) -> None:
+        """Notes a piece."""
         self.events.append((self._clock() - self._began, text))
 
     def flush(self) -> None:
@@ -79,6 +82,7 @@ def main(
     cast: Annotated[Path, typer.Option(help="The recording.")] = Path("out/recording.cast"),
     render: Annotated[Path | None, typer.Option(help="Draw this recording instead of making one.")] = None,
 ) -> None:
+    """Records, unless there is a recording, and draws it."""
     if render is None:
         cast.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory() as folder:
@@ -117,8 +121,8 @@ def recorded(folder: Path, session: Sequence[Line]) -> Cast:
             shell.send(key)
             read(shell, KEY_SECONDS)
         shell.send("\r")
-        shell.expect_exact(f"{line.text[-1]}\r\n" if line.text else "\r\n")
-        shell.expect_exact(line.until)
+        shell.expect_exact("\r\n")
+        shell.expect(line.until)
         read(shell, READ_SECONDS)
     shell.close()
     return Cast(WIDTH, HEIGHT, tuple(recorder.events))
@@ -130,10 +134,11 @@ def read(shell: Any, seconds: float) -> None:
 
 
 def environment() -> dict[str, str]:
-    """A plain terminal, in which this interpreter's commands come first."""
+    """A plain terminal with the commands of this interpreter and the code of this checkout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     kept = {name: value for name, value in os.environ.items() if name in ("HOME", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")}
-    return {**kept, "PATH": path, "PS1": SHELL, "TERM": "xterm-256color", "LANG": "C.UTF-8", "HF_HUB_OFFLINE": "1"}
+    shell = {"PATH": path, "PS1": SHELL, "TERM": "xterm-256color", "LANG": "C.UTF-8"}
+    return {**kept, **shell, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
 
 
 if __name__ == "__main__":
