@@ -1,4 +1,4 @@
-"""A server that speaks as much of OpenAI's API as the LangChain example asks for, and answers with what it was asked."""
+"""A server that speaks as much of OpenAI's API as the LangChain example needs, and keeps what it was asked."""
 
 from __future__ import annotations
 
