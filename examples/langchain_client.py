@@ -65,7 +65,7 @@ def client(base_url: str, api_key: str, policy: str, query: str, max_tokens: int
     model = OpenAI(base_url=base_url, api_key=api_key).models.list().data[0].id
     return ChatOpenAI(
         base_url=base_url,
-        api_key=lambda: api_key,
+        api_key=api_key,
         model=model,
         temperature=0,
         max_completion_tokens=max_tokens,

@@ -40,7 +40,7 @@ def run(monkeypatch, capsys, tmp_path):
     """Runs an example as the command line would, in an empty folder, and gives what it prints; one load serves all."""
     monkeypatch.chdir(tmp_path)
     for user in ("pipeline", "ablation.models"):
-        monkeypatch.setattr(f"lazyllm.{user}.load_model", lambda path, **options: load_once(path, **loading(options)))
+        monkeypatch.setattr(f"lazyllm.{user}.load_model", lambda path, **options: load_once(str(path), **loading(options)))
 
     def run(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -180,7 +180,7 @@ def test_the_demo(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "demo", demo)
     spec.loader.exec_module(demo)
     monkeypatch.setattr(demo, "packaged_speech", lambda name: part_of_speech("West Point", 3600))
-    monkeypatch.setattr(demo, "load_model", lambda path, **options: load_once(path, **loading(options)))
+    monkeypatch.setattr(demo, "load_model", lambda path, **options: load_once(str(path), **loading(options)))
     monkeypatch.setattr(demo, "ROUNDS", 1)
     demo.main()
     assert "recommended gave that answer." in " ".join(capsys.readouterr().out.split())

@@ -127,6 +127,7 @@ def test_a_recording_is_read_as_it_was_written(scripts, tmp_path):
         scripts.cast.Cast.load(path)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of Python 3.12 and later
 def test_a_session_is_typed_into_a_shell(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(scripts.record, "READ_SECONDS", 0.05)
     (tmp_path / "note.txt").write_text("forty two\n", encoding="utf-8")
