@@ -40,7 +40,9 @@ def run(monkeypatch, capsys, tmp_path):
     """Runs an example as the command line would, in an empty folder, and gives what it prints; one load serves all."""
     monkeypatch.chdir(tmp_path)
     for user in ("pipeline", "ablation.models"):
-        monkeypatch.setattr(f"lazyllm.{user}.load_model", lambda path, **options: load_once(str(path), **loading(options)))
+        monkeypatch.setattr(
+            f"lazyllm.{user}.load_model", lambda path, **options: load_once(str(path), **loading(options))
+        )
 
     def run(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
