@@ -20,7 +20,7 @@ from tests.tiny import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKDOWN = [*PAGES, *sorted((ROOT / "docs" / "api").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+MARKDOWN = [*PAGES, *sorted((ROOT / "docs" / "api").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md"]
 WORDS = (
     "the a of in and to who what where why did ? . report sales rise fall because of note page user assistant system"
 )
