@@ -7,13 +7,15 @@
     ├── AttachError            the model already runs under a LazyStack
     ├── CacheError             a cache is of the wrong kind, model, batch or in use
     ├── InputError             a prompt, mask, position or requested output cannot be used
+    │   └── MissingExtra       a package is not installed that only some uses need
     ├── EngineError            another engine, run beside lazyllm to compare them, failed
     └── ServingError           a job cannot be done now, or no more
         ├── QueueFull          as many jobs wait as may; try again later
         ├── Closed             the engine takes no more jobs
         └── Cancelled          the job was given up by whoever asked for it
 
-`ConfigError` and `InputError` are also `ValueError`, so generic callers may catch that.
+`ConfigError` and `InputError` are also `ValueError`, and `MissingExtra` is an `ImportError` too, so generic callers may
+catch these.
 """
 
 from collections.abc import Iterable
@@ -46,6 +48,10 @@ class CacheError(LazyLLMError):
 
 class InputError(LazyLLMError, ValueError):
     """A prompt, mask, position or requested output cannot be used."""
+
+
+class MissingExtra(InputError, ImportError):
+    """A package is not installed that only some uses need; the message names the extra that has it."""
 
 
 class EngineError(LazyLLMError):
