@@ -3,7 +3,6 @@
 import inspect
 import re
 import sys
-import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +18,7 @@ from tests.tiny import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 WORDS = (
     "the a of in and to who what where why did ? . report sales rise fall because of note page user assistant system"
 )
@@ -110,8 +109,7 @@ def test_the_page_of_policies_is_what_the_command_prints():
 def test_versions_agree():
     newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest, "CHANGELOG.md names no version"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert newest.group(1) == lazyllm.__version__ == project["version"]
+    assert newest.group(1) == lazyllm.__version__
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=name_of)
