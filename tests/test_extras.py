@@ -1,4 +1,4 @@
-"""What lazyllm imports is what it asks for: the core with the core's dependencies, the rest with the extra that has it."""
+"""What lazyllm imports is what it asks for: the core by its own dependencies, the rest by the extra that has it."""
 
 import ast
 import json
@@ -173,9 +173,7 @@ def test_every_extra_has_a_feature():
 
 
 def test_a_missing_package_is_named_with_its_extra_and_is_an_import_error():
-    with pytest.raises(
-        MissingExtra, match=r"^tea needs nowhere_to_be, .*: pip install lazyllm-torch\[pot\]$"
-    ) as caught:
+    with pytest.raises(MissingExtra, match=r"^tea needs nowhere_to_be, .*lazyllm-torch\[pot\]$") as caught:
         needed("nowhere_to_be.found", what="tea", extra="pot")
     assert isinstance(caught.value, ImportError)
     assert isinstance(caught.value, InputError)

@@ -57,7 +57,8 @@ def load_model(
         dtype: dtype of the weights; "auto" takes the checkpoint's.
         device_map: as in transformers.
         weights: "int4" or "int8" quantises the linear layers once they are loaded; see `quantize`.
-        options: anything else the model class's `from_pretrained` takes.
+        options: anything else the model class's `from_pretrained` takes. Weights are read from safetensors, and from
+            pickles only where `use_safetensors=False` says so.
 
     Raises:
         InputError: when there is no such file or folder, the model cannot have these weights, or a package is missing
@@ -77,6 +78,8 @@ def load_model(
         needed("peft", what="a folder of adapters", extra="adapters")
     source = str(path_or_id)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
+    if not gguf_file:
+        options.setdefault("use_safetensors", True)
     maker = AutoModelForCausalLM if gguf_file else _maker(source, options)
     model = maker.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
     tokenizer = AutoTokenizer.from_pretrained(source, **extra)
