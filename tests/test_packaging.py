@@ -27,7 +27,7 @@ from lazyllm.costs import Device
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2,
+    num_key_value_heads=2, eos_token_id=None,
 )).eval()
 pipe = lazyllm.LazyPipeline.from_preset("paper", model)
 result = pipe.generate(list(range(3, 63)) * 2, max_new_tokens=4, do_sample=False)
