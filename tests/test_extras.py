@@ -18,7 +18,6 @@ from tests.environments import ROOT, Environment, claimed, claimed_by, environme
 ROOMS = {
     "lazyllm.__main__": "cli",
     "lazyllm.cli": "cli",
-    "lazyllm.cli.serve": "serve",
     "lazyllm.ablation.commands": "cli",
     "lazyllm.ablation.progress": "cli",
     "lazyllm.ablation.lm_eval_tasks": "lm-eval",
@@ -29,7 +28,13 @@ ROOMS = {
 }
 """Modules that an extra is needed to import; all others need the core alone."""
 
-COMPANIONS = {"markupsafe": "jinja2", "pydantic-core": "pydantic", "typing-extensions": "pydantic", "tqdm": "lm-eval"}
+COMPANIONS = {
+    "markupsafe": "jinja2",
+    "pydantic-core": "pydantic",
+    "starlette": "fastapi",
+    "tqdm": "lm-eval",
+    "typing-extensions": "pydantic",
+}
 """Distributions whose objects another one's interface takes or gives, and which that one therefore asks for."""
 
 FEATURES = {
