@@ -7,14 +7,16 @@
     ├── AttachError            the model already runs under a LazyStack
     ├── CacheError             a cache is of the wrong kind, model, batch or in use
     ├── InputError             a prompt, mask, position or requested output cannot be used
-    │   └── TooLong            it needs more positions than the model has
+    │   ├── TooLong            it needs more positions than the model has
+    │   └── MissingExtra       a package is not installed that only some uses need
     ├── EngineError            another engine, run beside lazyllm to compare them, failed
     └── ServingError           a job cannot be done now, or no more
         ├── QueueFull          as many jobs wait as may; try again later
         ├── Closed             the engine takes no more jobs
         └── Cancelled          the job was given up by whoever asked for it
 
-`ConfigError` and `InputError` are also `ValueError`, so generic callers may catch that.
+`ConfigError` and `InputError` are also `ValueError`, and `MissingExtra` is an `ImportError` too, so generic callers may
+catch these.
 """
 
 from collections.abc import Iterable
@@ -51,6 +53,10 @@ class InputError(LazyLLMError, ValueError):
 
 class TooLong(InputError):
     """A prompt and its reply need more positions than the model has."""
+
+
+class MissingExtra(InputError, ImportError):
+    """A package is not installed that only some uses need; the message names the extra that has it."""
 
 
 class EngineError(LazyLLMError):

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -232,8 +231,8 @@ def _check_outputs(stats_json: Path | None, plot: Path | None, trace: Path | Non
             raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     if trace is not None and trace.suffix not in (".json", ".npz"):
         raise InputError(f"a token trace is saved as .json or .npz, not {trace.name!r}")
-    if plot is not None and find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib, which is not installed: pip install lazyllm-torch[plots]")
+    if plot is not None:
+        needed("matplotlib", what="--plot", extra="plots")
 
 
 def _run(pipe: LazyPipeline, prompt: Any, options: dict[str, Any], seed: int | None) -> GenerationResult:
@@ -603,8 +602,7 @@ def tune_schedule(
     recent: RecentOption = None,
 ) -> None:
     """Finds a schedule that reaches a target on your prompts, and saves it for the model."""
-    if find_spec("optuna") is None:
-        raise InputError("the command tune needs optuna, which is not installed: pip install lazyllm-torch[tune]")
+    needed("optuna", what="the command tune", extra="tune")
     from lazyllm.tuning import report
     from lazyllm.tuning.prompts import read_prompts, split
     from lazyllm.tuning.space import RULES
@@ -671,7 +669,6 @@ def inspect_prompt(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 24,
 ) -> None:
     """Writes a page that shows what was computed for a prompt, token by token and step by step."""
-    needed("jinja2", what="a page", extra="eval")
     from lazyllm.pages.inspection import record, save_inspection
 
     config = _config(preset, scorer, schedule, cache, sinks, recent)

@@ -18,12 +18,15 @@ from transformers import (
 )
 
 from lazyllm.errors import InputError, unknown
+from lazyllm.extras import needed
 from lazyllm.models.quantize import quantize, weights_named
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
 """What a configuration is found by."""
+ADAPTER = "adapter_config.json"
+"""What makes a folder one of adapters."""
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -54,10 +57,12 @@ def load_model(
         dtype: dtype of the weights; "auto" takes the checkpoint's.
         device_map: as in transformers.
         weights: "int4" or "int8" quantises the linear layers once they are loaded; see `quantize`.
-        options: anything else the model class's `from_pretrained` takes.
+        options: anything else the model class's `from_pretrained` takes. Weights are read from safetensors, and from
+            pickles only where `use_safetensors=False` says so.
 
     Raises:
-        InputError: when there is no such file or folder, or the model cannot have these weights.
+        InputError: when there is no such file or folder, the model cannot have these weights, or a package is missing
+            that reads them.
     """
     kind = None if weights is None else weights_named(weights)
     path = Path(path_or_id)
@@ -67,8 +72,14 @@ def load_model(
         path_or_id, gguf_file = path.parent, path.name
     elif gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
         raise InputError(f"there is no file {gguf_file!r} in {str(path)!r}")
+    if gguf_file is not None:
+        needed("gguf", what="a GGUF file", extra="gguf")
+    elif (path / ADAPTER).is_file():
+        needed("peft", what="a folder of adapters", extra="adapters")
     source = str(path_or_id)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
+    if not gguf_file:
+        options.setdefault("use_safetensors", True)
     maker = AutoModelForCausalLM if gguf_file else _maker(source, options)
     model = maker.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
     trusted = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
