@@ -6,9 +6,10 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import httpx2
 
@@ -111,10 +112,10 @@ async def connected(url: str) -> AsyncIterator[httpx2.AsyncClient]:
         yield http
 
 
-async def send(http: httpx2.AsyncClient, ask: Ask, body: bytes, *, deadline_seconds: float) -> Outcome:
-    """What comes of a request; its client goes away as planned, or when the deadline is over."""
-    outcome = Outcome(ask, body, time.perf_counter())
-    leaving = ask.leave.seconds if ask.leave else float("inf")
+async def send(http: httpx2.AsyncClient, outcome: Outcome, *, deadline_seconds: float) -> Outcome:
+    """Sends a request and notes what comes of it; its client goes away as planned, or when the deadline is over."""
+    leaving = outcome.ask.leave.seconds if outcome.ask.leave else float("inf")
+    outcome.began = time.perf_counter()
     try:
         async with asyncio.timeout(min(leaving, deadline_seconds)):
             await _exchange(http, outcome)
@@ -156,7 +157,7 @@ async def converse(http: httpx2.AsyncClient, talk: Talk, *, deadline_seconds: fl
     history: list[Message] = []
     outcomes: list[Outcome] = []
     for ask in talk:
-        outcome = await send(http, ask, ask.body(history), deadline_seconds=deadline_seconds)
+        outcome = await send(http, Outcome(ask, ask.body(history)), deadline_seconds=deadline_seconds)
         outcomes.append(outcome)
         if 0 not in outcome.reasons:
             break
@@ -165,24 +166,23 @@ async def converse(http: httpx2.AsyncClient, talk: Talk, *, deadline_seconds: fl
 
 
 async def drive(
-    http: httpx2.AsyncClient, talks: Iterable[Talk], clients: int, *, deadline_seconds: float
+    http: httpx2.AsyncClient, talks: Sequence[Talk], clients: int, *, deadline_seconds: float
 ) -> list[Outcome]:
-    """What comes of talks by so many clients, each of which takes the next one when it is done with one."""
-    waiting = deque(talks)
-    outcomes: list[Outcome] = []
+    """What comes of talks, in their order, by so many clients, each of which takes a talk when it is done with one."""
+    waiting = deque(enumerate(talks))
+    outcomes: list[list[Outcome]] = [[] for _ in talks]
 
     async def client() -> None:
         while waiting:
-            outcomes.extend(await converse(http, waiting.popleft(), deadline_seconds=deadline_seconds))
+            number, talk = waiting.popleft()
+            outcomes[number] = await converse(http, talk, deadline_seconds=deadline_seconds)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
             group.create_task(client())
-    return outcomes
+    return list(chain.from_iterable(outcomes))
 
 
-async def again(
-    http: httpx2.AsyncClient, outcomes: Sequence[Outcome], *, deadline_seconds: float
-) -> list[Outcome]:
+async def again(http: httpx2.AsyncClient, outcomes: Sequence[Outcome], *, deadline_seconds: float) -> list[Outcome]:
     """What comes of the same requests, one at a time."""
-    return [await send(http, one.ask, one.body, deadline_seconds=deadline_seconds) for one in outcomes]
+    return [await send(http, Outcome(one.ask, one.body), deadline_seconds=deadline_seconds) for one in outcomes]

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
-
-import httpx2
+from typing import Any
 
 from lazyllm.errors import EngineError
 from lazyllm.evaluation.sections import Section
@@ -41,62 +40,69 @@ class Gaps:
     prefills: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What goes on while gaps are measured.
+
+    Attributes:
+        prompt_tokens: of the long prompt.
+        replies: how many run.
+        bias: of their logits, by token, so that they do not end.
+        deadline_seconds: for all of it.
+    """
+
+    prompt_tokens: int
+    replies: int
+    bias: Mapping[str, float]
+    deadline_seconds: float
+
+
 def gaps_within(arrivals: Sequence[float], began: float, ended: float) -> list[float]:
     """Gaps between arrivals that lie in a time, in full or in part."""
     return [after - before for before, after in pairwise(arrivals) if after > began and before < ended]
 
 
-async def measure(
-    url: str,
-    model: str,
-    texts: Texts,
-    found: Gaps,
-    *,
-    prompt_tokens: int,
-    replies: int,
-    bias: Mapping[str, float],
-    random: Random,
-    deadline_seconds: float,
-) -> None:
+async def measure(url: str, model: str, texts: Texts, scene: Scene, random: Random, found: Gaps) -> None:
     """Starts replies that do not end, asks a long prompt beside them, and notes the gaps in `found`.
 
     Raises:
         EngineError: when the long prompt is not answered, or a reply ends before it is.
     """
     options = {"model": model, "temperature": 0, **streamed(True)}
-    endless = {**options, "max_tokens": ENDLESS_TOKENS, "logit_bias": dict(bias)}
+    endless = {**options, "max_tokens": ENDLESS_TOKENS, "logit_bias": dict(scene.bias)}
+    replies = [prepared(texts.piece(SHORT_PROMPT, random), endless) for _ in range(scene.replies)]
+    long = prepared(texts.piece(scene.prompt_tokens, random), {**options, "max_tokens": 1})
     async with connected(url) as http:
-        outcomes = [Outcome(Ask("running", texts.piece(SHORT_PROMPT, random), endless), b"") for _ in range(replies)]
-        async with asyncio.timeout(deadline_seconds), asyncio.TaskGroup() as group:
-            streams = [group.create_task(follow(http, outcome)) for outcome in outcomes]
-            while any(len(outcome.arrivals) < WARM_TOKENS for outcome in outcomes):
-                await asyncio.sleep(POLLING_SECONDS)
+        streams = [asyncio.create_task(send(http, one, deadline_seconds=scene.deadline_seconds)) for one in replies]
+        try:
+            await _warm(replies)
             calm = time.perf_counter()
             await asyncio.sleep(CALM_SECONDS)
-            long = Ask("long", texts.piece(prompt_tokens, random), {**options, "max_tokens": 1})
-            answer = await send(http, long, long.body(), deadline_seconds=deadline_seconds)
-            ended = [stream for stream in streams if stream.done()]
+            await send(http, long, deadline_seconds=scene.deadline_seconds)
+            ended = [one for one in replies if one.ended]
+        finally:
             for stream in streams:
                 stream.cancel()
-    if answer.trouble or answer.status != 200 or ended:
-        why = answer.trouble or answer.error or f"{len(ended)} of the running replies ended before"
-        raise EngineError(f"{model} did not answer a prompt of {prompt_tokens} tokens: {why}")
-    first = answer.arrivals[0] if answer.arrivals else answer.ended
-    for outcome in outcomes:
-        found.calm += gaps_within([at for at in outcome.arrivals if calm <= at <= answer.began], calm, answer.began)
-        found.during += gaps_within(outcome.arrivals, answer.began, first)
-    found.prefills.append(first - answer.began)
+            await asyncio.gather(*streams, return_exceptions=True)
+    for one in (*ended, *([] if 0 in long.reasons else [long])):
+        raise EngineError(f"a reply of {model} ended too early: {one.trouble or one.error or one.reasons}")
+    first = long.arrivals[0] if long.arrivals else long.ended  # an end token has no text
+    for one in replies:
+        found.calm += gaps_within([at for at in one.arrivals if calm <= at <= long.began], calm, long.began)
+        found.during += gaps_within(one.arrivals, long.began, first)
+    found.prefills.append(first - long.began)
 
 
-async def follow(http: httpx2.AsyncClient, outcome: Outcome) -> None:
-    """Reads a stream into an outcome that others look at meanwhile."""
-    body = outcome.ask.body()
-    async with http.stream("POST", "/v1/chat/completions", json=None, content=body, headers=JSON) as response:
-        async for event in httpx2.EventSource(response):
-            outcome.take_event(event.data)
+def prepared(question: str, options: Mapping[str, Any]) -> Outcome:
+    """A request that is to be sent, whose outcome is looked at meanwhile."""
+    ask = Ask("running", question, options)
+    return Outcome(ask, ask.body())
 
 
-JSON = {"Content-Type": "application/json"}
+async def _warm(outcomes: Sequence[Outcome]) -> None:
+    """Returns once each reply has its first tokens, or has ended."""
+    while any(len(one.arrivals) < WARM_TOKENS and not one.ended for one in outcomes):
+        await asyncio.sleep(POLLING_SECONDS)
 
 
 def table(found: Mapping[tuple[str, int], Gaps], prompt_tokens: int, said: str) -> Section:

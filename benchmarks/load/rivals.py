@@ -81,16 +81,16 @@ def answered(outcome: Outcome) -> bool:
     return outcome.trouble is None and outcome.status == 200 and outcome.error is None and 0 in outcome.reasons
 
 
-async def run_round(rival: Rival, talks: Sequence[Talk], clients: int, *, deadline_seconds: float) -> Record:
-    """One round of a rival."""
-    assert isinstance(rival.server, ServerProcess)
+async def run_round(
+    rival: Rival, talks: Sequence[Talk], clients: int, record: Record, *, deadline_seconds: float
+) -> None:
+    """One round of a rival, noted in its record."""
+    assert isinstance(rival.server, ServerProcess), "there is a server to be asked"
     named = [tuple(replace(ask, options={**ask.options, "model": rival.model}) for ask in talk) for talk in talks]
-    place = {ask: number for number, talk in enumerate(named) for ask in talk}
     async with connected(rival.server.url) as http:
         began = time.perf_counter()
-        outcomes = await drive(http, named, clients, deadline_seconds=deadline_seconds)
-        seconds = time.perf_counter() - began
-    return Record([sorted(outcomes, key=lambda outcome: place[outcome.ask])], [seconds])
+        record.outcomes.append(await drive(http, named, clients, deadline_seconds=deadline_seconds))
+        record.seconds.append(time.perf_counter() - began)
 
 
 def table(

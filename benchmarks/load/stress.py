@@ -64,14 +64,19 @@ class Stress:
     failed_jobs: int
 
     @property
-    def answered(self) -> list[Outcome]:
-        """Requests that were answered."""
-        return [outcome for outcome in self.outcomes if judge(outcome)[0] is Verdict.ANSWERED]
+    def judged(self) -> list[tuple[Outcome, Verdict, str]]:
+        """Every request, how it came out, and what is wrong with that."""
+        return [(outcome, *judge(outcome)) for outcome in self.outcomes]
+
+    @property
+    def comparable(self) -> list[Outcome]:
+        """Requests that were answered, and whose client would not leave another time either."""
+        answered = [outcome for outcome, verdict, _ in self.judged if verdict is Verdict.ANSWERED]
+        return [outcome for outcome in answered if outcome.ask.leave is None]
 
     def faults(self) -> Iterator[str]:
         """All that went wrong."""
-        for outcome in self.outcomes:
-            verdict, why = judge(outcome)
+        for outcome, verdict, why in self.judged:
             if verdict is Verdict.WRONG:
                 yield f"{outcome.ask.kind}: {why}"
         if missing := self.planned - len(self.outcomes):
@@ -125,9 +130,10 @@ async def _settled(url: str, pid: int) -> Memory:
 
 async def one_at_a_time(url: str, stress: Stress, *, deadline_seconds: float) -> list[Comparison]:
     """Compares what was answered under load with the same requests asked alone, of a server that keeps nothing."""
+    first = stress.comparable
     async with connected(url) as http:
-        outcomes = await again(http, stress.answered, deadline_seconds=deadline_seconds)
-    return [compare(kind, stress.answered, outcomes) for kind in KINDS]
+        second = await again(http, first, deadline_seconds=deadline_seconds)
+    return [compare(kind, first, second) for kind in KINDS]
 
 
 def tables(stress: Stress, comparisons: Sequence[Comparison], said: str) -> list[Section]:
@@ -138,9 +144,9 @@ def tables(stress: Stress, comparisons: Sequence[Comparison], said: str) -> list
 def _by_kind(stress: Stress, comparisons: dict[str, Comparison], said: str) -> Section:
     rows = []
     for kind in KINDS:
-        own = [outcome for outcome in stress.outcomes if outcome.ask.kind == kind]
-        verdicts = [judge(outcome)[0] for outcome in own]
-        answered = [outcome for outcome in own if outcome in stress.answered]
+        own = [(outcome, verdict) for outcome, verdict, _ in stress.judged if outcome.ask.kind == kind]
+        verdicts = [verdict for _, verdict in own]
+        answered = [outcome for outcome, verdict in own if verdict is Verdict.ANSWERED]
         rows.append(
             [
                 kind,

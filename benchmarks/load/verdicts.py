@@ -96,7 +96,9 @@ def difference(one: Outcome, other: Outcome) -> str:
     """Where two answers begin to differ, and what they say there."""
     reply = next((index for index in one.texts if one.texts[index] != other.texts.get(index)), 0)
     first, second = one.texts.get(reply, ""), other.texts.get(reply, "")
-    same = next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(map(len, (first, second))))
+    same = next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(map(len, (first, second)))
+    )
     here, there = (repr(text[same : same + SHOWN]) for text in (first, second))
     model = one.ask.options["model"]
     told = "" if other.trouble is None else f" ({other.trouble})"
