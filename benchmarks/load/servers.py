@@ -1,0 +1,178 @@
+"""Servers as processes of their own, which listen to this machine alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx2
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from lazyllm.errors import EngineError
+from lazyllm.evaluation.workers import LAST_WORDS
+
+HOST = "127.0.0.1"
+LOADING_SECONDS = 300.0
+ENDING_SECONDS = 15.0
+IDLE_SECONDS = 30.0
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+"""Variables that keep an engine from asking anybody else."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        return int(taken.getsockname()[1])
+
+
+class ServerProcess:
+    """A server that was started, until `stop`.
+
+    Args:
+        name: what errors call it.
+        command: the program and its arguments.
+        port: where it is to listen.
+        log: file that gets what it writes.
+        threads: of its computations.
+        ready: path that answers with 200 once it takes requests.
+        environment: variables it gets beside those of this process.
+
+    Raises:
+        EngineError: when it ends, or is not ready in time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        *,
+        log: Path,
+        threads: int,
+        ready: str = "/health",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.url, self._log = name, f"http://{HOST}:{port}", log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        variables = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(threads), **(environment or {})}
+        with log.open("wb") as words:
+            try:
+                self._process = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT, env=variables)
+            except OSError as error:
+                raise EngineError(f"{name} did not start: {error}") from None
+        self._paused = False
+        try:
+            self._wait(ready)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
+    def pause(self) -> None:
+        """Takes the processor from it."""
+        self._process.send_signal(signal.SIGSTOP)
+        self._paused = True
+
+    def go_on(self) -> None:
+        """Gives it the processor again."""
+        self._process.send_signal(signal.SIGCONT)
+        self._paused = False
+
+    def stop(self) -> None:
+        """Ends it."""
+        if self._paused:
+            self.go_on()
+        self._process.terminate()
+        try:
+            self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _wait(self, path: str) -> None:
+        deadline = time.monotonic() + LOADING_SECONDS
+        while not answers(self.url + path):
+            if self._process.poll() is not None:
+                raise EngineError(f"{self.name} ended with exit code {self._process.returncode}{self._last_words()}")
+            if time.monotonic() > deadline:
+                raise EngineError(f"{self.name} was not ready within {LOADING_SECONDS:g} s{self._last_words()}")
+            time.sleep(0.1)
+
+    def _last_words(self) -> str:
+        words = self._log.read_text(errors="replace").strip().splitlines()[-LAST_WORDS:]
+        return "; it last said: " + " | ".join(words) if words else ""
+
+
+@contextmanager
+def running(*servers: ServerProcess) -> Iterator[None]:
+    """Ends servers in the end."""
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+        yield
+
+
+@contextmanager
+def alone(server: ServerProcess, others: Sequence[ServerProcess]) -> Iterator[None]:
+    """Has one server compute while the others stand still."""
+    for other in others:
+        if other is not server:
+            other.pause()
+    try:
+        yield
+    finally:
+        for other in others:
+            if other is not server:
+                other.go_on()
+
+
+def answers(url: str) -> bool:
+    """Whether somebody answers with status 200."""
+    try:
+        return httpx2.get(url, timeout=5, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+def models_of(url: str) -> list[str]:
+    """What a server's models are called."""
+    listed = httpx2.get(f"{url}/v1/models", timeout=5, trust_env=False).json()["data"]
+    return [str(model["id"]) for model in listed]
+
+
+def metrics_of(url: str) -> dict[str, float]:
+    """What a lazyllm server counts, by name; of what has labels, `name{value,...}`."""
+    text = httpx2.get(f"{url}/metrics", timeout=5, trust_env=False).text
+    return {
+        sample.name + (f"{{{','.join(sample.labels.values())}}}" if sample.labels else ""): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def idle(url: str, *, seconds: float = IDLE_SECONDS) -> bool:
+    """Whether nothing runs or waits on a lazyllm server, within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        told = metrics_of(url)
+        if told["lazyllm_running"] == told["lazyllm_waiting"] == 0:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM."""
+    return int(psutil.Process(pid).memory_info().rss)

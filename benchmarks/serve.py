@@ -1,0 +1,346 @@
+"""The server under load: everything at once, gaps beside a long prompt, and beside other servers.
+
+    python benchmarks/serve.py
+    python benchmarks/serve.py --parts load --requests 200 --clients 8
+    python benchmarks/serve.py --parts gaps --prompt 6000 --rounds 3
+    python benchmarks/serve.py --parts others --rounds 3 --only lazyllm,transformers
+    python benchmarks/serve.py --quick
+
+Servers run as processes of their own and listen to this machine alone. *load*: chats of every kind, some of whose
+clients go away and some malformed, by several clients at once; what was answered is asked again, one request at a time,
+of a server that keeps nothing of earlier prompts. *gaps*: how long running replies wait for a token while a long prompt
+is computed, with pieces of several sizes. *others*: the same greedy streams to lazyllm, to `transformers serve` and to
+llama.cpp's server, one server computing at a time while the others stand still. Every request has a deadline. Writes
+out/serve.md; ends with exit code 1 when anything was wrong under load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, cast
+
+import typer
+from load.gaps import Gaps, Scene, measure
+from load.gaps import table as gaps_table
+from load.plan import MAX_BODY_BYTES, Planner, Texts
+from load.rivals import Record, Rival, prompt_lengths, run_round
+from load.rivals import table as rivals_table
+from load.servers import ServerProcess, alone, free_port, models_of, running
+from load.stress import one_at_a_time, put_under_load, tables
+from others import INSTALLS, WORKERS, interpreter
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import track
+from transformers import AutoConfig, AutoTokenizer
+
+from lazyllm.errors import EngineError, InputError, LazyLLMError
+from lazyllm.evaluation.bench import preset_config
+from lazyllm.evaluation.data import packaged_model, packaged_text, quiet_loading
+from lazyllm.evaluation.export import FILE_TYPES, FileType, write_checkpoint, write_dequantised
+from lazyllm.evaluation.options import names_in, numbers_in
+from lazyllm.evaluation.sections import Section, command_line, conditions, in_rounds, length_range, save_page
+
+PARTS = ("load", "gaps", "others")
+ENGINES = ("lazyllm", "transformers", "llama.cpp")
+TEXT_TOKENS = 100_000
+SLOT_TOKENS = 2048
+"""Positions of one request where an engine wants to know that beforehand; prompts and replies are shorter."""
+TRANSFORMERS_RUNS: dict[str, list[str]] = {
+    "one by one": [],
+    "continuous batching": ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "512"],
+}
+"""Ways of `transformers serve` on a processor; a cache sized by itself would take most of the memory."""
+STOCK = "transformers one by one"
+
+console = Console(width=None if Console().is_terminal else 200)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        source: GGUF file of the model.
+        dtype: of the weights of lazyllm and transformers.
+        presets: of lazyllm.
+        requests, clients: of the load, and clients of the other servers.
+        lengths: fewest and most tokens of a prompt.
+        prompt, replies, pieces: of the gaps.
+        round_requests, engines, file_type: of the servers side by side.
+        rounds, threads, seed: of everything.
+        deadline: seconds that a request may take.
+        out: folder of everything written.
+    """
+
+    source: Path
+    dtype: str
+    presets: list[str]
+    requests: int
+    clients: int
+    lengths: tuple[int, int]
+    prompt: int
+    replies: int
+    pieces: list[int]
+    round_requests: int
+    engines: list[str]
+    file_type: str
+    rounds: int
+    threads: int
+    seed: int
+    deadline: float
+    out: Path
+
+
+def main(
+    parts: Annotated[str, typer.Option(help="What to run: " + ", ".join(PARTS))] = ",".join(PARTS),
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the load.")] = 200,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 8,
+    lengths: Annotated[str, typer.Option(help="Fewest and most tokens of a prompt.")] = "64,1536",
+    presets: Annotated[str, typer.Option(help="Presets of lazyllm.")] = "recommended,dense",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt beside which gaps are measured.")] = 6000,
+    replies: Annotated[int, typer.Option(min=1, help="Replies that run beside it.")] = 4,
+    pieces: Annotated[str, typer.Option(help="Sizes of the pieces it is computed in.")] = "512,8192",
+    round_requests: Annotated[int, typer.Option(min=1, help="Requests to every server in a round.")] = 24,
+    only: Annotated[str, typer.Option(help="Servers side by side: " + ", ".join(ENGINES))] = ",".join(ENGINES),
+    file_type: Annotated[str, typer.Option(help="Weights of llama.cpp: F16 or F32.")] = "F16",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of gaps and servers, after one to warm up.")] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="40 requests, one round, lazyllm alone, shorter prompts.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every server.")] = 2,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 300,
+    model: Annotated[str, typer.Option(help="GGUF file; the packaged SmolLM2 without it.")] = "",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights of lazyllm and transformers.")] = "float32",
+    out: Annotated[Path, typer.Option(help="Folder of the results, logs and converted weights.")] = Path("out"),
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+) -> None:
+    try:
+        fewest, *_, most = numbers_in(lengths) * 2
+        plan = Plan(
+            source=Path(model or packaged_model()),
+            dtype=dtype,
+            presets=names_in(presets),
+            requests=40 if quick else requests,
+            clients=clients,
+            lengths=(fewest, 256 if quick else most),
+            prompt=1500 if quick else prompt,
+            replies=replies,
+            pieces=numbers_in(pieces),
+            round_requests=8 if quick else round_requests,
+            engines=["lazyllm"] if quick else names_in(only, known=ENGINES),
+            file_type=names_in(file_type, known=FILE_TYPES)[0],
+            rounds=1 if quick else rounds,
+            threads=threads,
+            seed=seed,
+            deadline=deadline,
+            out=out,
+        )
+        faults = run(plan, names_in(parts, known=PARTS))
+    except LazyLLMError as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(2) from None
+    if faults:
+        raise typer.Exit(1)
+
+
+def run(plan: Plan, parts: Sequence[str]) -> list[str]:
+    """Runs the parts and writes what came of them; gives what was wrong under load."""
+    if plan.source.suffix != ".gguf":
+        raise InputError(f"the servers share a GGUF file, and {str(plan.source)!r} is none")
+    with quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(plan.source.parent, gguf_file=plan.source.name)
+    texts = Texts(tokenizer, packaged_text(tokenizer, TEXT_TOKENS))
+    sections: list[Section] = []
+    faults: list[str] = []
+    runs: dict[str, Callable[[], list[Section]]] = {
+        "load": partial(load, plan, texts, faults),
+        "gaps": partial(gaps, plan, texts, tokenizer),
+        "others": partial(others, plan, texts, tokenizer),
+    }
+    for part in parts:
+        sections += runs[part]()
+        page = save_page(sections, plan.out / "serve.md")
+    console.print(Markdown(page.read_text(encoding="utf-8")), f"written: {page}")
+    return faults
+
+
+def load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
+    """Everything at once, then one request at a time."""
+    presets = [option for preset in plan.presets for option in ("--preset", preset)]
+    options = [*presets, "--max-body", str(MAX_BODY_BYTES)]
+    server = lazyllm(plan, "load", *options)
+    with running(server), console.status(f"{plan.requests} requests by {plan.clients} clients"):
+        models = models_of(server.url)
+        warm_up = Planner(texts, models, plan.lengths, seed=plan.seed + 1).greedy(2 * plan.clients)
+        talks = Planner(texts, models, plan.lengths, seed=plan.seed).mixed(plan.requests)
+        stress = asyncio.run(
+            put_under_load(server.url, server.pid, warm_up, talks, plan.clients, deadline_seconds=plan.deadline)
+        )
+    faults += stress.faults()
+    server = lazyllm(plan, "alone", *options, "--prefix-bytes", "0")
+    with running(server), console.status("the same requests, one at a time"):
+        comparisons = asyncio.run(one_at_a_time(server.url, stress, deadline_seconds=plan.deadline))
+    said = told(
+        plan,
+        tokens=f"prompts of about {length_range(plan.lengths)} tokens, replies of 8 to 48",
+        baseline="the same requests one at a time",
+        measured=f"{plan.clients} clients at once after a warm-up",
+    )
+    return tables(stress, comparisons, said)
+
+
+def gaps(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
+    """Gaps between tokens, by preset and size of piece."""
+    scene = Scene(plan.prompt, plan.replies, {str(tokenizer.eos_token_id): -100}, plan.deadline)
+    kinds = [(preset, piece) for preset in plan.presets for piece in plan.pieces]
+    servers = {
+        (preset, piece): lazyllm(
+            plan, f"gaps-{preset}-{piece}", "--preset", preset, "--piece", str(piece), "--prefix-bytes", "0"
+        )
+        for preset, piece in kinds
+    }
+    found = {kind: Gaps() for kind in kinds}
+    with running(*servers.values()):
+        for kind, number in shuffled_rounds(plan, kinds, "gaps"):
+            server, noted = servers[kind], found[kind] if number else Gaps()
+            with alone(server, list(servers.values())):
+                (model,) = models_of(server.url)
+                asyncio.run(measure(server.url, model, texts, scene, Random(plan.seed + number), noted))
+    said = told(
+        plan,
+        tokens=f"{plan.replies} running replies to short prompts, beside which one prompt is asked",
+        baseline="the same replies while nothing else is asked (*calm*)",
+        measured=f"{in_rounds(plan.rounds).partition(',')[0]}, gaps of all rounds and replies",
+    )
+    return [gaps_table(found, plan.prompt, said)]
+
+
+def others(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
+    """The same requests to every server."""
+    starters = {"lazyllm": lazyllm_rivals, "transformers": transformers_rivals, "llama.cpp": llama_cpp_rivals}
+    rivals = [rival for engine in plan.engines for rival in starters[engine](plan, tokenizer)]
+    servers = list({id(one.server): one.server for one in rivals if isinstance(one.server, ServerProcess)}.values())
+    entrants = {rival.name: rival for rival in rivals if isinstance(rival.server, ServerProcess)}
+    records = {name: Record() for name in entrants}
+    with running(*servers):
+        for name, number in shuffled_rounds(plan, list(entrants), "servers side by side"):
+            rival, record = entrants[name], records[name] if number else Record()
+            talks = Planner(texts, [""], plan.lengths, seed=plan.seed + number).greedy(plan.round_requests)
+            with alone(cast(ServerProcess, rival.server), servers):
+                asyncio.run(run_round(rival, talks, plan.clients, record, deadline_seconds=plan.deadline))
+    said = told(
+        plan,
+        tokens=f"prompts of {length_range(prompt_lengths(records))} tokens, replies of at most 8 to 48",
+        baseline="the transformers run that answers most requests (bold)",
+        measured=f"{plan.round_requests} greedy streams by {plan.clients} clients in each of {in_rounds(plan.rounds)}; "
+        "TTFT and time per token over all requests; one server computing at a time",
+    )
+    names = {"lazyllm": "lazyllm-torch", "transformers": "transformers"}
+    versions = [f"{engine} {version(names[engine])}" for engine in plan.engines if engine in names]
+    return [rivals_table(rivals, records, STOCK, said, [f"{', '.join([*versions, INSTALLS['llama.cpp'][0][-1]])}."])]
+
+
+def shuffled_rounds(plan: Plan, entrants: Sequence[Any], title: str) -> list[tuple[Any, int]]:
+    """Everyone once in each round, in an order drawn anew; round 0 warms up."""
+    order = Random(plan.seed)
+    turns = [(one, number) for number in range(plan.rounds + 1) for one in order.sample(entrants, len(entrants))]
+    return cast(list[tuple[Any, int]], track(turns, description=title, console=console))
+
+
+def lazyllm(plan: Plan, name: str, *options: str) -> ServerProcess:
+    """`lazyllm serve`."""
+    port = free_port()
+    command = [sys.executable, "-m", "lazyllm", "serve", "--model", str(plan.source), "--dtype", plan.dtype]
+    return started(plan, f"lazyllm-{name}", [*command, "--port", str(port), *options], port, ready="/ready")
+
+
+def lazyllm_rivals(plan: Plan, tokenizer: Any) -> list[Rival]:
+    """One server with all presets."""
+    presets = [option for preset in plan.presets for option in ("--preset", preset)]
+    server = lazyllm(plan, "others", *presets, "--max-running", str(max(16, plan.clients)))
+    models = zip(plan.presets, models_of(server.url), strict=True)
+    return [Rival("lazyllm", preset, server, model) for preset, model in models]
+
+
+def transformers_rivals(plan: Plan, tokenizer: Any) -> list[Rival]:
+    """`transformers serve`, in each of its ways."""
+    folder = plan.out / "weights" / plan.source.stem
+    if not folder.exists():
+        with console.status(f"writing {folder}"):
+            write_checkpoint(plan.source, folder)
+    tokenizer.save_pretrained(folder)
+    model = str(folder.absolute())
+    program = str(Path(sys.executable).with_name("transformers"))
+    rivals = []
+    for run, options in TRANSFORMERS_RUNS.items():
+        port = free_port()
+        command = [program, "serve", model, "--device", "cpu", "--dtype", plan.dtype, "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--model-timeout", "-1", *options]
+        server = tried(partial(started, plan, f"transformers-{run.replace(' ', '-')}", command, port))
+        rivals.append(Rival("transformers", run, server, model))
+    return rivals
+
+
+def llama_cpp_rivals(plan: Plan, tokenizer: Any) -> list[Rival]:
+    """llama.cpp's own server, in an environment of its own."""
+    path = plan.out / "weights" / f"{plan.source.stem}-{plan.file_type}.gguf"
+    if not path.exists():
+        with console.status(f"writing {path}"):
+            write_dequantised(plan.source, path, cast(FileType, plan.file_type))
+
+    def start() -> ServerProcess:
+        python, port = interpreter(plan.out / "venvs" / "llama.cpp", INSTALLS["llama.cpp"]), free_port()
+        sizes = [port, plan.clients, SLOT_TOKENS, plan.threads]
+        command = [str(python), str(WORKERS / "llama_cpp_server.py"), str(path), *map(str, sizes)]
+        return started(plan, "llama-cpp", command, port)
+
+    return [Rival("llama.cpp", plan.file_type, tried(start), plan.source.stem)]
+
+
+def started(plan: Plan, name: str, command: Sequence[str], port: int, *, ready: str = "/health") -> ServerProcess:
+    """A server that takes requests."""
+    with console.status(f"starting {name}"):
+        return ServerProcess(
+            name, command, port, log=plan.out / "logs" / f"{name}.log", threads=plan.threads, ready=ready
+        )
+
+
+def tried(start: Callable[[], ServerProcess]) -> ServerProcess | EngineError:
+    """A server, or why there is none."""
+    try:
+        return start()
+    except EngineError as error:
+        console.print(f"[yellow]{error}[/yellow]")
+        return error
+
+
+def told(plan: Plan, *, tokens: str, baseline: str, measured: str) -> str:
+    """The line that says how something was measured."""
+    layers = AutoConfig.from_pretrained(plan.source.parent, gguf_file=plan.source.name).num_hidden_layers
+    environment: Mapping[str, Any] = {
+        "layers": layers,
+        "device": platform.processor() or platform.machine(),
+        "threads": plan.threads,
+    }
+    return conditions(
+        plan.source.stem,
+        plan.dtype,
+        environment,
+        {preset: preset_config(preset) for preset in plan.presets},
+        tokens=tokens,
+        baseline=baseline,
+        measured=measured,
+        command=command_line(),
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
