@@ -173,11 +173,11 @@ def test_a_stream_may_be_cut_anywhere(browser, stub, piece, newline):
         assert "".join(content for _, content in shown_runs(page)) == "".join(PIECES)
 
 
-def test_the_most_tokens_are_told(browser, stub):
+def test_an_answer_that_was_cut_off_is_told(browser, stub):
     stub.says(Reply(lambda: iter([text("It", "length"), usage()])))
     with visited(browser, stub) as page:
         ask(page, "Why?")
-        expect(page.locator(".facts")).to_contain_text("cut off at the most tokens")
+        expect(page.locator(".facts")).to_contain_text("cut off at max tokens")
 
 
 # -- what was read ---------------------------------------------------------------------------------
@@ -221,11 +221,11 @@ def test_figures_run_along(browser, stub):
         ended(page)
         complete = figures()
     computed = (sum(REACHED) + 60) / (30 * len(PIECES))
-    assert running["prompt"] == complete["prompt"] == "9 tokens"
+    assert running["prompt tokens"] == complete["prompt tokens"] == "9"
     assert running["computed so far"] == f"{computed:.0%}".replace("%", " %")
     assert re.fullmatch(r"[\d.]+ s", running["first token"])
     assert (running["from cache"], running["prefill"]) == ("–", "–")
-    assert (complete["first token"], complete["from cache"], complete["prefill"]) == ("0.25 s", "1 of 9", "25 %")
+    assert (complete["first token"], complete["from cache"], complete["prefill"]) == ("0.25 s", "1", "25 %")
     assert complete["revived"] == "2"
 
 
@@ -669,7 +669,7 @@ def test_the_keyboard_is_enough(browser, stub):
 def test_everything_that_is_used_has_a_name(browser, stub):
     with visited(browser, stub) as page:
         page.locator("#settings summary").click()
-        for name in ("Policy", "Question", "Most tokens of an answer", "Temperature", "API key"):
+        for name in ("Policy", "Question", "Max tokens", "Temperature", "API key"):
             assert page.get_by_label(name, exact=True).count() == 1
         named = page.locator("button, select, textarea, input:not([hidden])").evaluate_all(
             "all => all.map((one) => one.ariaLabel || one.textContent.trim() || one.labels.length > 0)"

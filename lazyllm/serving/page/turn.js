@@ -21,7 +21,7 @@ export class Turn {
     this.facts = element("p", { className: "facts quiet" });
     this.node = element("li", {}, element("h3", { className: "question", textContent: shown(question) }), this.reply, this.facts);
     $("turns").append(this.node);
-    this.node.scrollIntoView({ block: "nearest" });
+    this.#scrollToEnd();
   }
 
   /** Says what is done before there is an answer. */
@@ -54,12 +54,17 @@ export class Turn {
 
   /** Writes what has come since the last frame; the end stays in view if it was. */
   #write = () => {
-    const { scrollHeight, scrollTop, clientHeight } = $("talk");
-    const isAtEnd = scrollHeight - scrollTop - clientHeight < NEAR_PIXELS;
+    const isSeen = this.facts.getBoundingClientRect().bottom < $("ask").getBoundingClientRect().top + NEAR_PIXELS;
     this.reply.append(shown(this.#waiting));
     this.#waiting = "";
-    if (isAtEnd) $("talk").scrollTop = $("talk").scrollHeight;
+    if (isSeen) this.#scrollToEnd();
   };
+
+  /** Brings the end of the answer above the field for questions, which covers what is behind it. */
+  #scrollToEnd() {
+    this.facts.style.scrollMarginBottom = `${$("ask").offsetHeight}px`;
+    this.facts.scrollIntoView({ block: "nearest" });
+  }
 
   note(text) {
     this.#notes.push(text);
