@@ -66,6 +66,7 @@ export class Turn {
     this.facts.scrollIntoView({ block: "nearest" });
   }
 
+  /** Notes how the answer ended, where that is not as it should. */
   note(text) {
     this.#notes.push(text);
   }
@@ -76,10 +77,12 @@ export class Turn {
     const { computed_fraction, queued_seconds, revived_tokens, ttft_seconds, seconds: whole } = lazyllm;
     const queued = queued_seconds > 0.1 ? `, ${seconds(queued_seconds)} of it in the queue` : "";
     this.#ttft = ttft_seconds;
-    this.note(`first token after ${seconds(ttft_seconds)}${queued}`);
-    this.note(`${share(computed_fraction)} computed in the prefill`);
-    this.note(`${revived_tokens.toLocaleString("en")} revived`);
-    this.note(`${count(tokens, "token")} in ${seconds(whole)}`);
+    this.#notes.unshift(
+      `first token after ${seconds(ttft_seconds)}${queued}`,
+      `${share(computed_fraction)} computed in the prefill`,
+      `${revived_tokens.toLocaleString("en")} revived`,
+      `${count(tokens, "token")} in ${seconds(whole)}`,
+    );
   }
 
   /** Nothing more comes; the answer is read out, once. */
