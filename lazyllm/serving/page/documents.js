@@ -15,7 +15,9 @@ export function collect() {
   const text = $("paste").value;
   if (!text.trim()) return;
   $("paste").value = "";
-  add(`Text ${++pasted}`, text);
+  const name = `Text ${++pasted}`;
+  add(name, text);
+  say(`${name} is added.`);
 }
 
 function add(name, text) {

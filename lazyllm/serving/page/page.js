@@ -9,6 +9,7 @@ import { $, count, element, seconds, share, shown, size } from "./dom.js";
 import { Turn } from "./turn.js";
 
 const KEY = "lazyllm.key";
+const isNarrow = matchMedia("(max-width: 63.99rem)"); // as in the style sheet
 let turns = [];
 let models = [];
 let loaded = null; // the document that the server holds, and what it was made of
@@ -92,6 +93,7 @@ async function ask() {
   $("question").value = "";
   documents.collect();
   const isAlone = $("first").checked && documents.texts().length > 0;
+  if (isNarrow.matches) $("texts").open = false;
   const turn = new Turn(question, isAlone);
   const messages = isAlone ? [{ role: "user", content: question }] : conversation(question);
   turns.push(turn);
@@ -148,7 +150,7 @@ function take(turn, { choices = [], usage, lazyllm = {} }) {
   if (lazyllm.depths) reading.take(lazyllm.depths);
   for (const { delta, finish_reason: reason } of choices) {
     if (delta?.content) turn.goOn(delta.content);
-    if (reason === "length") turn.note("cut off at the most tokens");
+    if (reason === "length") turn.note("cut off at max tokens");
   }
   if (!usage) return;
   turn.account(usage);
@@ -160,9 +162,8 @@ function beginReading(pieces) {
   $("figure-cached").textContent = $("figure-prefill").textContent = "–";
 }
 
-function showUsage({ prompt_tokens: tokens, prompt_tokens_details: details, lazyllm }) {
-  const cached = details?.cached_tokens ?? 0;
-  $("figure-cached").textContent = `${cached.toLocaleString("en")} of ${tokens.toLocaleString("en")}`;
+function showUsage({ prompt_tokens_details: details, lazyllm }) {
+  $("figure-cached").textContent = (details?.cached_tokens ?? 0).toLocaleString("en");
   if (lazyllm) $("figure-prefill").textContent = share(lazyllm.computed_fraction);
 }
 

@@ -31,7 +31,7 @@ function draw() {
   changed.clear();
   drawStrip();
   drawLegend();
-  $("figure-prompt").textContent = trace.tokens ? count(trace.tokens, "token") : "–";
+  $("figure-prompt").textContent = trace.tokens ? trace.tokens.toLocaleString("en") : "–";
   $("figure-computed").textContent = trace.layers ? share(trace.computed) : "–";
   $("figure-revived").textContent = trace.layers ? trace.revivals.toLocaleString("en") : "–";
 }

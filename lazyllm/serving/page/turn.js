@@ -21,7 +21,7 @@ export class Turn {
     this.facts = element("p", { className: "facts quiet" });
     this.node = element("li", {}, element("h3", { className: "question", textContent: shown(question) }), this.reply, this.facts);
     $("turns").append(this.node);
-    this.node.scrollIntoView({ block: "nearest" });
+    this.#scrollToEnd();
   }
 
   /** Says what is done before there is an answer. */
@@ -54,13 +54,19 @@ export class Turn {
 
   /** Writes what has come since the last frame; the end stays in view if it was. */
   #write = () => {
-    const { scrollHeight, scrollTop, clientHeight } = $("talk");
-    const isAtEnd = scrollHeight - scrollTop - clientHeight < NEAR_PIXELS;
+    const isSeen = this.facts.getBoundingClientRect().bottom < $("ask").getBoundingClientRect().top + NEAR_PIXELS;
     this.reply.append(shown(this.#waiting));
     this.#waiting = "";
-    if (isAtEnd) $("talk").scrollTop = $("talk").scrollHeight;
+    if (isSeen) this.#scrollToEnd();
   };
 
+  /** Brings the end of the answer above the field for questions, which covers what is behind it. */
+  #scrollToEnd() {
+    this.facts.style.scrollMarginBottom = `${$("ask").offsetHeight}px`;
+    this.facts.scrollIntoView({ block: "nearest" });
+  }
+
+  /** Notes how the answer ended, where that is not as it should. */
   note(text) {
     this.#notes.push(text);
   }
@@ -71,10 +77,12 @@ export class Turn {
     const { computed_fraction, queued_seconds, revived_tokens, ttft_seconds, seconds: whole } = lazyllm;
     const queued = queued_seconds > 0.1 ? `, ${seconds(queued_seconds)} of it in the queue` : "";
     this.#ttft = ttft_seconds;
-    this.note(`first token after ${seconds(ttft_seconds)}${queued}`);
-    this.note(`${share(computed_fraction)} computed in the prefill`);
-    this.note(`${revived_tokens.toLocaleString("en")} revived`);
-    this.note(`${count(tokens, "token")} in ${seconds(whole)}`);
+    this.#notes.unshift(
+      `first token after ${seconds(ttft_seconds)}${queued}`,
+      `${share(computed_fraction)} computed in the prefill`,
+      `${revived_tokens.toLocaleString("en")} revived`,
+      `${count(tokens, "token")} in ${seconds(whole)}`,
+    );
   }
 
   /** Nothing more comes; the answer is read out, once. */
