@@ -75,6 +75,22 @@ class RowTrace:
 
 
 @dataclass(frozen=True)
+class PieceEnd:
+    """A layer has computed some of its tokens: all of them, or `chunk` where there are more.
+
+    Attributes:
+        layer, layers: which layer, of how many.
+        is_prefill: whether the step brings tokens of a prompt.
+        tokens: how many tokens it has computed.
+    """
+
+    layer: int
+    layers: int
+    is_prefill: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
 class LayerEnd:
     """A layer has run."""
 
@@ -111,6 +127,12 @@ class Callback:
 
     def on_prefill_start(self, event: PrefillStart) -> None:
         """Called before the first layer of a prefill step."""
+
+    def on_piece_end(self, event: PieceEnd) -> None:
+        """Called whenever a layer has computed some of its tokens.
+
+        The model may be used here for steps of other caches: attach it with `attached(inside=True)`.
+        """
 
     def on_layer_end(self, event: LayerEnd) -> None:
         """Called after every layer of every step."""

@@ -7,6 +7,7 @@
     ├── AttachError            the model already runs under a LazyStack
     ├── CacheError             a cache is of the wrong kind, model, batch or in use
     ├── InputError             a prompt, mask, position or requested output cannot be used
+    │   └── TooLong            it needs more positions than the model has
     ├── EngineError            another engine, run beside lazyllm to compare them, failed
     └── ServingError           a job cannot be done now, or no more
         ├── QueueFull          as many jobs wait as may; try again later
@@ -46,6 +47,10 @@ class CacheError(LazyLLMError):
 
 class InputError(LazyLLMError, ValueError):
     """A prompt, mask, position or requested output cannot be used."""
+
+
+class TooLong(InputError):
+    """A prompt and its reply need more positions than the model has."""
 
 
 class EngineError(LazyLLMError):

@@ -215,7 +215,9 @@ class LazyPipeline:
         return load_cache(path, self.config.cache, contract.decoder, contract.devices, contract.adapters, mapped=mapped)
 
     @contextmanager
-    def attached(self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error") -> Iterator[PreTrainedModel]:
+    def attached(
+        self, *, callbacks: Sequence[Callback] = (), missing: Missing = "error", inside: bool = False
+    ) -> Iterator[PreTrainedModel]:
         """The model, running lazily for as long as the context lasts, for a generation loop of your own.
 
         Threads take turns: where another one has the model attached, this one waits.
@@ -223,12 +225,19 @@ class LazyPipeline:
         Args:
             callbacks: in addition to the pipeline's own.
             missing: what to do when logits of pruned positions are asked for, "error" or "nan".
+            inside: also where this thread has attached the model already, for a callback that runs steps of other
+                caches while a prefill waits (`Callback.on_piece_end`).
 
         Raises:
             AttachError: when this thread has attached the model already.
             ConfigError, UnsupportedModelError: when it has changed and no longer fits.
         """
-        with turn_of(self.model):
+        turn = turn_of(self.model)
+        if inside and turn.is_own:
+            with self._attached(self._selector, callbacks, missing):
+                yield self.model
+            return
+        with turn:
             self._refresh()
             with self._attached(self._selector, callbacks, missing):
                 yield self.model
@@ -410,6 +419,7 @@ class LazyPipeline:
         system: str | None = None,
         depth: int | None = None,
         start: int = 0,
+        callbacks: Sequence[Callback] = (),
     ) -> Document:
         """Documents that wait, a few layers deep, for questions that take deeper what they need.
 
@@ -420,12 +430,13 @@ class LazyPipeline:
             depth: how many layers compute the documents now, see `loading`.
             start: position of the first token; above 0, a part to be joined behind another, without what the chat
                 template puts before it.
+            callbacks: in addition to the pipeline's own.
 
         Raises:
             InputError: for texts, a layout or a template that cannot be used, or more tokens than positions.
             ConfigError: when the cache keeps no tokens that wait.
         """
-        return load_document(self, texts, layout=layout, system=system, depth=depth, start=start)
+        return load_document(self, texts, layout=layout, system=system, depth=depth, start=start, callbacks=callbacks)
 
     def open(self, path: str | Path, *, mapped: bool = True) -> Document:
         """The document that was saved to a file with `document.save`.

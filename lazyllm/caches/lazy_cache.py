@@ -26,7 +26,6 @@ from lazyllm.models.fingerprint import fingerprint
 class CacheMark:
     """A point a cache can go back to; a row that stands at several places has one mark."""
 
-    columns: int
     rows: list[Row]
     row_marks: list[RowMark]
 
@@ -34,9 +33,10 @@ class CacheMark:
 class LazyCache(Cache):
     """K/V, depths and frontier states of a batch, usable wherever transformers takes a cache.
 
-    It binds itself to the first model that uses it. Its sequence length is the number of columns
-    seen, padding included, whatever was pruned. Rows of the batch that nothing has told apart yet, such as the beams of
-    a prompt, are one row at several places of `rows`: it is computed once, and copied when their tokens differ.
+    It binds itself to the first model that uses it. Its sequence length is the number of columns that its longest row
+    has seen, padding included, whatever was pruned. Rows of the batch that nothing has told apart yet, such as the
+    beams of a prompt, are one row at several places of `rows`: it is computed once, and copied when their tokens
+    differ.
 
     Args:
         policy: what happens to pruned tokens and what is attended.
@@ -48,7 +48,6 @@ class LazyCache(Cache):
         self.policy = policy
         self.marks = list(marks)
         self.rows: list[Row] = []
-        self.columns = 0
         self.prompt_columns: int | None = None
         self._given_columns, self._copies = 0, 1
         self._decoder: weakref.ref[nn.Module] | None = None
@@ -193,15 +192,20 @@ class LazyCache(Cache):
     def mark(self) -> CacheMark:
         """The present state, for `restore`."""
         rows = distinct(self.rows)
-        return CacheMark(self.columns, list(self.rows), [row.mark() for row in rows])
+        return CacheMark(list(self.rows), [row.mark() for row in rows])
 
     def restore(self, mark: CacheMark) -> None:
         """Goes back to `mark`, taken before the step that failed."""
-        self.columns, self.rows = mark.columns, mark.rows
+        self.rows = mark.rows
         for row, row_mark in zip(distinct(mark.rows), mark.row_marks, strict=True):
             row.restore(row_mark)
 
     # -- what transformers asks of a cache ---------------------------------------------------------
+
+    @property
+    def columns(self) -> int:
+        """How many columns the longest row has seen, padding included."""
+        return max((row.columns for row in self.rows), default=0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, padding included."""
@@ -240,22 +244,22 @@ class LazyCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything but the policy, the marks and the model."""
-        self.rows, self.columns = [], 0
+        self.rows = []
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` columns.
+        """Forgets the last `-tokens_to_remove` columns of every row.
 
         Raises:
             InputError: for a positive number, or more columns than there are.
         """
-        if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
+        shortest = min((row.columns for row in self.rows), default=0)
+        if tokens_to_remove > 0 or -tokens_to_remove > shortest:
             raise InputError(
-                f"crop takes minus the number of columns to remove, {-self.columns} to 0, not {tokens_to_remove}"
+                f"crop takes minus the number of columns to remove, {-shortest} to 0, not {tokens_to_remove}"
             )
         if tokens_to_remove < 0:
-            self.columns += tokens_to_remove
             for row in distinct(self.rows):
-                row.crop(self.columns)
+                row.crop(row.columns + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` is, and goes on by itself."""
@@ -282,7 +286,7 @@ class LazyCache(Cache):
         """
         self._refuse_mid_step()
         twin = LazyCache(self.policy, marks=self.marks)
-        twin.rows, twin.columns = copied(self.rows), self.columns
+        twin.rows = copied(self.rows)
         twin._decoder, twin._adapters = self._decoder, self._adapters
         return twin
 
@@ -308,9 +312,30 @@ class LazyCache(Cache):
                 f"{len(self.rows)} and {other.policy} with {len(other.rows)}"
             )
         for row, more in zip(twin.rows, other.rows, strict=True):
-            row.join(more, columns=self.columns, moved=moved)
-        twin.columns += other.columns
+            row.join(more, moved=moved)
         return twin
+
+    @classmethod
+    def beside(cls, caches: Sequence[LazyCache]) -> LazyCache:
+        """One batch of the rows of several caches, which may differ in length: a step of it is a step of each.
+
+        The rows are shared, not copied. For decode steps: what is known of prompts stays with the rows.
+
+        Args:
+            caches: one or more, of the same model and policy, none of them in the middle of a step.
+
+        Raises:
+            CacheError: when they are of different models, adapters or policies.
+        """
+        first = caches[0]
+        batch = cls(first.policy)
+        batch._decoder, batch._adapters = first._decoder, first._adapters
+        for cache in caches:
+            cache._refuse_mid_step()
+            if not cache.has_model_of(first) or (cache.policy, cache._adapters) != (first.policy, first._adapters):
+                raise CacheError("caches side by side need the same model, adapters and policy")
+            batch.rows += cache.rows
+        return batch
 
     def save(self, path: str | Path, *, note: str = "") -> Path:
         """Writes the cache to one file in the safetensors format, which `pipe.load_cache` reads.

@@ -48,6 +48,7 @@ class RowMark:
     reply_start: int
     counted: int
     last_output: Tensor | None
+    columns: int
 
 
 class Row:
@@ -66,6 +67,7 @@ class Row:
         reply_start: index of the first token that came after the last prefill step.
         counted: how many tokens of the reply were certain at the latest step.
         last_output: [c] output of the last layer for the row's last token.
+        columns: how many columns of its batch the row has seen, padding included.
     """
 
     def __init__(self, layers: int, policy: CachePolicy, marks: PromptMarks) -> None:
@@ -78,7 +80,7 @@ class Row:
         self.last_used = no_tokens()
         self.retreated = 0
         self.marks = marks
-        self.reply_start = self.counted = 0
+        self.reply_start = self.counted = self.columns = 0
         self.last_output: Tensor | None = None
 
     @property
@@ -147,6 +149,7 @@ class Row:
             self.reply_start,
             self.counted,
             self.last_output,
+            self.columns,
         )
 
     def restore(self, mark: RowMark) -> None:
@@ -158,10 +161,12 @@ class Row:
             memory.truncate(mark.remembered.get(layer, 0))
         self.origins.truncate(mark.origins)
         self.tallies = dict(mark.tallies)
-        self.reply_start, self.counted, self.last_output = mark.reply_start, mark.counted, mark.last_output
+        self.reply_start, self.counted = mark.reply_start, mark.counted
+        self.last_output, self.columns = mark.last_output, mark.columns
 
     def crop(self, columns: int) -> None:
         """Forgets every token from column `columns` of the batch on."""
+        self.columns = columns
         tokens = int((self.ledger.column < columns).sum())
         if tokens == len(self.ledger):
             return
@@ -177,17 +182,18 @@ class Row:
         self.counted = min(self.counted, tokens - self.reply_start)
         self.last_output = None
 
-    def join(self, other: Row, *, columns: int, moved: int) -> None:
+    def join(self, other: Row, *, moved: int) -> None:
         """Takes up the tokens of `other` behind its own.
 
         Args:
             other: another row of the same model and policy, which stays as it is.
-            columns: added to the columns of its tokens.
-            moved: added to their positions.
+            moved: added to the positions of its tokens.
 
         Raises:
             CacheError: when they would not stand behind its own, or are moved after a layer has computed them.
         """
+        columns = self.columns
+        self.columns += other.columns
         if not len(other.ledger):
             return
         last = int(self.ledger.position[-1]) if len(self.ledger) else -1
@@ -215,7 +221,7 @@ class Row:
         twin.origins, twin.last_used, twin.retreated = self.origins.copy(), self.last_used, self.retreated
         twin.tallies = dict(self.tallies)
         twin.marks, twin.reply_start, twin.counted = self.marks, self.reply_start, self.counted
-        twin.last_output = self.last_output
+        twin.last_output, twin.columns = self.last_output, self.columns
         return twin
 
     def state(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from lazyllm.errors import CacheError
 from lazyllm.models.fingerprint import fingerprint
 from lazyllm.policies.base import explain
 
-VERSION = 2
+VERSION = 3
 DOCUMENT, DIGEST = "lazyllm_cache", "lazyllm_digest"
 """Keys of the file's metadata."""
 
@@ -43,6 +43,7 @@ class SavedRow(BaseModel):
         reply_start: index of the first token that came after the last prefill step.
         counted: how many tokens of the reply were certain at the latest step.
         retreated: layer-tokens whose K/V were given up.
+        columns: columns the row has seen, padding included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +52,7 @@ class SavedRow(BaseModel):
     reply_start: int
     counted: int
     retreated: int
+    columns: int
 
 
 class SavedCache(BaseModel):
@@ -61,7 +63,6 @@ class SavedCache(BaseModel):
         fingerprint: of the decoder that filled the cache; None when no step has run.
         policy: the cache policy, as a configuration has it.
         layers: number of layers of the decoder; 0 when the cache has no rows.
-        columns: columns seen, padding included.
         marks: what is known about prompts, each set once.
         prompts: by prompt, which of the marks are its own.
         rows: the rows, each once.
@@ -75,7 +76,6 @@ class SavedCache(BaseModel):
     fingerprint: str | None
     policy: dict[str, Any]
     layers: int
-    columns: int
     marks: list[PromptMarks]
     prompts: list[int]
     rows: list[SavedRow]
@@ -117,6 +117,7 @@ def _describe(cache: LazyCache, note: str) -> SavedCache:
             reply_start=row.reply_start,
             counted=row.counted,
             retreated=row.retreated,
+            columns=row.columns,
         )
         for row in distinct(cache.rows)
     ]
@@ -125,7 +126,6 @@ def _describe(cache: LazyCache, note: str) -> SavedCache:
         fingerprint=cache.fingerprint(),
         policy=CACHES.describe(cache.policy),
         layers=cache.rows[0].ledger.layers if cache.rows else 0,
-        columns=cache.columns,
         marks=[{**vars(marks), "starts": dict(marks.starts)} for marks in known],  # what was found, not the text
         prompts=prompts,
         rows=rows,
@@ -177,7 +177,6 @@ def load_cache(
                 f"{str(path)!r} was filled by a model with the fingerprint {said.fingerprint}, this model has {own}"
             )
         cache.bind(decoder, adapters)
-    cache.columns = said.columns
     by_row: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -186,7 +185,8 @@ def load_cache(
     for number, saved in enumerate(said.rows):
         row = Row(said.layers, policy, said.marks[saved.marks])
         row.load_state(by_row[str(number)], devices)
-        row.reply_start, row.counted, row.retreated = saved.reply_start, saved.counted, saved.retreated
+        row.reply_start, row.counted = saved.reply_start, saved.counted
+        row.retreated, row.columns = saved.retreated, saved.columns
         rows.append(row)
     cache.rows = [rows[place] for place in said.places]
     return cache, said.note

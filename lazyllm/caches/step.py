@@ -69,7 +69,7 @@ class Step:
         states: [1, t, c] their hidden states, packed.
         token_positions: by row, the position [t] of every token.
         is_prefill: whether it brings tokens of a prompt.
-        selects: whether tokens are chosen anew in this step.
+        selects: by row, whether its tokens are chosen anew in this step.
         most_revived: how many older tokens of a row the step may revive, None = any number.
         looks_ahead: whether tokens of a row see others behind them, so that it must be computed in one piece.
         choices: by row, how the tokens that enter the present layer were chosen, for those who are told.
@@ -101,7 +101,7 @@ class Step:
         retreat = cache.policy.retreat
         layers = self.rows[0].ledger.layers
         self._retreat_layer = None if retreat is None else layer_number(retreat.layer, layers, owner=cache.policy)
-        self.selects = self._selects()
+        self.selects = [self._selects(replied) for replied in self.replied]
         self.most_revived = None if self.is_prefill else cache.policy.most_revived
 
     # -- opening -----------------------------------------------------------------------------------
@@ -160,20 +160,20 @@ class Step:
         self, positions: list[Tensor], token_ids: Tensor | None, places: list[Tensor | None], ahead: Tensor | None
     ) -> list[Tensor]:
         """Enters the new tokens in the ledgers, at depth 0."""
-        columns = self.cache.columns
-        self.cache.columns += self.width
         ids = None if token_ids is None else token_ids.cpu()
         further = None if ahead is None else ahead.cpu()
         new = [
             row.ledger.append(
                 where,
-                real + columns,
+                real + row.columns,
                 None if ids is None else ids[index, real],
                 place=places[index],
                 reach=None if further is None else where + further[index, real],
             )
             for index, (row, where, real) in enumerate(zip(self.rows, positions, self._real, strict=True))
         ]
+        for row in self.rows:
+            row.columns += self.width
         self.replied = [self._count(row, tokens) for row, tokens in zip(self.rows, new, strict=True)]
         return new
 
@@ -188,12 +188,11 @@ class Step:
         counted, row.counted = row.counted, len(row.ledger) - row.reply_start - max(new.numel() - 1, 0)
         return range(counted + 1, row.counted + 1)
 
-    def _selects(self) -> bool:
+    def _selects(self, replied: range) -> bool:
         policy = self.cache.policy
         if self.is_prefill or not policy.prunes:
             return policy.prunes
-        numbers = max(self.replied, key=lambda replied: replied.stop)
-        return any(map(policy.selects_in_decode, numbers))
+        return any(map(policy.selects_in_decode, replied))
 
     # -- the way through the layers ------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from lazyllm.caches.lazy_cache import LazyCache
+from lazyllm.callbacks import Callback
 from lazyllm.errors import CacheError, InputError
 from lazyllm.generation.result import GenerationResult
 from lazyllm.policies.base import explain
@@ -223,6 +224,11 @@ class Document:
         return len(self._held.token_ids)
 
     @property
+    def token_ids(self) -> list[int]:
+        """Vocabulary ids of its tokens."""
+        return self._held.token_ids
+
+    @property
     def text(self) -> str:
         """All of its text, what the template puts before the documents included."""
         return str(self._held.text)
@@ -322,6 +328,7 @@ def load_document(
     system: str | None,
     depth: int | None,
     start: int,
+    callbacks: Sequence[Callback] = (),
 ) -> Document:
     """See `LazyPipeline.load`."""
     began = time.perf_counter()
@@ -346,7 +353,7 @@ def load_document(
     cache = pipe.new_cache(marks=[piece.marks])
     ids = torch.tensor([piece.token_ids], device=pipe.model.device)
     positions = torch.arange(start, start + tokens, device=ids.device)[None]
-    with torch.no_grad(), pipe.loading(depth) as (model, layers):
+    with torch.no_grad(), pipe.loading(depth, callbacks=callbacks) as (model, layers):
         model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1)
     ledger = cache.rows[0].ledger
     seconds = time.perf_counter() - began

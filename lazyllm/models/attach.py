@@ -158,8 +158,13 @@ class ModelTurn:
         Raises:
             AttachError: when it is this thread's turn already.
         """
-        if self._owner == threading.get_ident():
+        if self.is_own:
             raise AttachError("this model is attached already; leave the other attached() or generate() first")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is this thread's turn."""
+        return self._owner == threading.get_ident()
 
     def __enter__(self) -> None:
         self.refuse_own()

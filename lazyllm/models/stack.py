@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lazyllm.caches.arrival import Arrival
 from lazyllm.caches.lazy_cache import LayerView, LazyCache
 from lazyllm.caches.step import Step, open_step
-from lazyllm.callbacks import Callback, LayerEnd, PrefillStart, RowTrace, StepEnd
+from lazyllm.callbacks import Callback, LayerEnd, PieceEnd, PrefillStart, RowTrace, StepEnd
 from lazyllm.errors import CacheError, InputError, UnsupportedModelError
 from lazyllm.models.attention import AttentionPlan, Captured, Peeked, RowPlan
 from lazyllm.models.families import DecoderContract
@@ -102,11 +102,12 @@ class LazyStack(nn.Module):
                 view = step.view(i, visible)
                 packed = Packed(hidden, positions, self.contract.to_layer(rope[self.contract.rope_types[i]], i))
                 captured = self.selector.notes_of(step, i, visible)
-                with noting_updates(self.contract, i, captured):
-                    for place, piece in view.pieces(chunk):
-                        plan = self._plan(step, piece, i, masks, captured)
+                for place, piece in view.pieces(chunk):
+                    plan = self._plan(step, piece, i, masks, captured)
+                    with noting_updates(self.contract, i, captured):
                         output = self.run(layer, packed.at(place), plan, piece, kwargs)
-                        step.receive(place, output)
+                    step.receive(place, output)
+                    self._tell_piece(step, i, place)
                 step.advance(i)  # depth is i + 1 now
                 self._tell_layer(step, view, i, visible)
                 noted.append(captured or Captured())
@@ -202,6 +203,12 @@ class LazyStack(nn.Module):
             event = PrefillStart(tuple(step.new[place].numel() for place in step.places), len(self.layers))
             for callback in self.callbacks:
                 callback.on_prefill_start(event)
+
+    def _tell_piece(self, step: Step, layer: int, place: slice) -> None:
+        if self.callbacks:
+            event = PieceEnd(layer, len(self.layers), step.is_prefill, place.stop - place.start)
+            for callback in self.callbacks:
+                callback.on_piece_end(event)
 
     def _tell_layer(self, step: Step, view: LayerView, layer: int, visible: list[Tensor]) -> None:
         if not self.callbacks:

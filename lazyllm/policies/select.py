@@ -93,8 +93,8 @@ class Selector:
         evictor = self._evictor(step)
         if evictor is not None and layer >= 0:
             evictor.evict(step, layer, readings)
-        revives = step.selects and step.cache.policy.revives
-        bounded = not revives or step.most_revived is not None
+        revives = [selects and step.cache.policy.revives for selects in step.selects]
+        bounded = [not free or step.most_revived is not None for free in revives]
         if not self._may_narrow(step, layer + 1, bounded):
             return visible
         states = step.row_states()
@@ -102,7 +102,7 @@ class Selector:
         self.remember(step, layer, states, readings)
         for index, tokens in enumerate(visible):
             keep = self._cut(step, index, layer + 1, tokens)
-            if not revives or (keep is None and bounded):
+            if not revives[index] or (keep is None and bounded[index]):
                 tokens = step.without_stopped(index, layer + 1, tokens)
             if keep is not None:
                 tokens = self._top(step, index, layer, tokens, states[index], readings, keep)
@@ -127,15 +127,15 @@ class Selector:
         eviction = step.cache.policy.eviction
         return None if eviction is None else Evictor(eviction, self.protect, self.reads, self.ranks)
 
-    def _may_narrow(self, step: Step, layer: int, bounded: bool) -> bool:
+    def _may_narrow(self, step: Step, layer: int, bounded: Sequence[bool]) -> bool:
         """Whether fewer tokens may enter `layer` than the one before: at a cut, or where not all stopped ones go on."""
         if layer in self.cut_layers:
             return True
-        return bounded and any(step.any_stopped(row, layer) for row in range(len(step.rows)))
+        return any(one and step.any_stopped(row, layer) for row, one in enumerate(bounded))
 
     def _cut(self, step: Step, index: int, layer: int, tokens: Tensor) -> Keep | None:
         """How many of `tokens` may enter `layer`; None where the scorer need not be asked."""
-        if layer not in self.cut_layers or not step.selects:
+        if layer not in self.cut_layers or not step.selects[index]:
             return None
         row = step.rows[index]
         context_tokens = len(row.ledger)
