@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 DOCS, COPIES = "docs/", "repository/"
-ALWAYS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+ALWAYS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 DRAWINGS = (".png", ".svg")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
