@@ -4,9 +4,9 @@
     python examples/folder_questions.py notes/ --question "Who signed?" --question "When?" --save notes.safetensors
     python examples/folder_questions.py notes/ --saved notes.safetensors --question "Where?"
 
-Loading takes all texts through the first layers only, as far as the scorer needs to see them, and can be kept in a file.
-A question then takes deeper what it needs, and what it has computed is there for the next one. Without a folder it asks about three short
-presidential messages of 1973. Needs no network.
+Loading takes all texts through the first layers only, as far as the scorer needs to see them, and can be kept in a
+file. A question then takes deeper what it needs, and what it has computed is there for the next one. Without a folder
+it asks about three short presidential messages of 1973. Needs no network.
 """
 
 from __future__ import annotations
