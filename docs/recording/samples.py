@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "examples" / "README.md"
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
-SHOWN = re.compile(r"```bash\n(python examples/(\w+)\.py.*)\n```\n\n```text\n(.*?)```\n", re.DOTALL)
+SHOWN = re.compile(r"```bash\n(python examples/(\w+)\.py[^\n]*)\n```\n\n```text\n(.*?)```\n", re.DOTALL)
 """A command, the name of its example, and what it printed."""
 CELL_SECONDS = 600
 
