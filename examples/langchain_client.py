@@ -27,7 +27,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
 
-from lazyllm.evaluation.data import packaged_model, packaged_speech
+from lazyllm.evaluation.data import packaged_speech
 
 SPEECH = "1985-Reagan-1"
 QUESTION = "What is the name of the young woman who will graduate from West Point?"
@@ -88,7 +88,7 @@ def show(policy: str, reply: BaseMessage) -> None:
 def server(base_url: str, policies: list[str]) -> Iterator[None]:
     """A server with the packaged model, for as long as the context lasts."""
     at = urlsplit(base_url)
-    command = [sys.executable, "-m", "lazyllm", "serve", "--model", str(packaged_model()), "--dtype", "float32"]
+    command = [sys.executable, "-m", "lazyllm", "serve", "--dtype", "float32"]
     command += [part for policy in policies for part in ("--preset", policy)]
     with subprocess.Popen([*command, "--host", str(at.hostname), "--port", str(at.port)]) as process:
         try:

@@ -80,7 +80,7 @@ def main(
 ) -> None:
     check_scorer(SharedPairs(), SharedPairs(reach=0), SharedPairs(reach=3))
     print("SharedPairs keeps the rules of lazyllm.testing.\n")
-    schedule = Constant(keep[0], start=layer)
+    schedule = Constant(keep=keep[0], start=layer)
     with quiet_loading():
         pipe = LazyPipeline.from_pretrained(
             model or packaged_model(), dtype="float32", scorer=SharedPairs(), schedule=schedule

@@ -98,12 +98,12 @@ def test_at_any_moment_the_drawing_shows_what_the_terminal_showed(scripts, texts
 
 
 def test_colours_and_what_is_bold_are_kept(scripts):
-    cast = made(scripts, ["\x1b[1;32mgo\x1b[0m plain \x1b[7mback\x1b[0m"], [0.0])
+    cast = made(scripts, ["\x1b[1;32mgo\x1b[0m on \x1b[7mback\x1b[0m"], [0.0])
     svg = scripts.animation.svg_of(cast)
     rules = dict(re.findall(r"\.(s\d+){([^}]*)}", svg))
     words = {text: rules[name] for name, text in re.findall(r'class="(s\d+)"[^>]*>([^<]*)<', svg)}
     assert words["go"] == f"fill:{scripts.animation.COLOURS['green']};font-weight:bold"
-    assert words["plain"] == f"fill:{scripts.animation.INK}"
+    assert words["on"] == f"fill:{scripts.animation.INK}"
     assert words["back"] == f"fill:{scripts.animation.PAPER}"
     assert f'height="18" fill="{scripts.animation.INK}"' in svg
 
