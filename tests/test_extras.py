@@ -94,7 +94,7 @@ def inside(extra: str | None) -> list[str]:
 
 
 def run_all(statements: list[str], folder: Path, *extras: str, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """What each statement that failed said, in a process that sees lazyllm, the core's dependencies and some extras'."""
+    """What statements that failed said, in a process that sees lazyllm, the core's dependencies and some extras'."""
     made = environment(folder / "env", *extras, without=without)
     (made.site / "lazyllm").symlink_to(ROOT / "lazyllm")
     (folder / "statements.json").write_text(json.dumps(statements), encoding="utf-8")
