@@ -130,14 +130,6 @@ def test_its_command_says_what_it_can(installed: Environment, tmp_path: Path):
         assert re.search(rf"^\W+{command}\b", shown, re.MULTILINE), shown
 
 
-def test_its_command_says_which_extra_a_study_needs(installed: Environment, tmp_path: Path):
-    study = tmp_path / "study.yaml"
-    study.write_text("tasks: {records: 1}\n", encoding="utf-8")
-    refused = installed.run("lazyllm", "ablate", str(study), cwd=tmp_path)
-    assert refused.returncode == 2, refused.stderr
-    assert "needs scipy, which is not installed: pip install lazyllm-torch[eval]" in refused.stderr
-
-
 # -- what goes with a release ----------------------------------------------------------------------------
 
 
