@@ -8,8 +8,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import httpx2
 import psutil
@@ -34,7 +36,7 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """A server that was started, until `stop`.
+    """A server that was started; a context that ends it.
 
     Args:
         name: what errors call it.
@@ -101,6 +103,16 @@ class ServerProcess:
             self._process.kill()
             self._process.wait()
 
+    def __enter__(self) -> Self:
+        """The server, until the context is left."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends it."""
+        self.stop()
+
     def _wait(self, path: str) -> None:
         deadline = time.monotonic() + LOADING_SECONDS
         while not answers(self.url + path):
@@ -113,15 +125,6 @@ class ServerProcess:
     def _last_words(self) -> str:
         words = self._log.read_text(errors="replace").strip().splitlines()[-LAST_WORDS:]
         return "; it last said: " + " | ".join(words) if words else ""
-
-
-@contextmanager
-def running(*servers: ServerProcess) -> Iterator[None]:
-    """Ends servers in the end."""
-    with ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.stop)
-        yield
 
 
 @contextmanager
