@@ -21,6 +21,7 @@ from benchmarks.load.plan import FAULTS, KINDS, MAX_BODY_BYTES, PATTERN, Ask, Le
 from benchmarks.load.verdicts import Verdict, compare, difference, judge
 from lazyllm.errors import EngineError
 from lazyllm.serving.engine import Engine, EngineLimits
+from lazyllm.serving.jobs import Delta
 from tests.fake_engine import pipelines, scripted
 from tests.servers import serving
 from tests.talks import WORDS, tokenizer
@@ -51,7 +52,8 @@ def test_a_plan_of_one_pattern_has_every_kind_and_more_have_every_fault():
     assert {ask.kind for ask in asks} == set(KINDS)
     assert Counter(ask.kind for ask in asks)["conversation"] == 3
     many = [ask for talk in planner().mixed(100) for ask in talk]
-    assert {ask.fault for ask in many if ask.kind == "malformed"} == set(FAULTS)
+    assert {ask.fault.name for ask in many if ask.fault} == {fault.name for fault in FAULTS}
+    assert {ask.kind for ask in many if ask.fault} == {"malformed"}
     assert {ask.options["model"] for ask in many} == {"tiny", "tiny:dense", "tiny:drop"}
     assert {bool(ask.options.get("stream")) for ask in many if ask.kind == "stop"} == {True, False}
 
@@ -79,7 +81,7 @@ def test_so_many_percent_of_the_values_are_at_most_a_percentile(values, percent)
     (value,) = percentiles(values, [percent])
     below = sum(one <= value * (1 + 1e-12) for one in values)
     assert below - 1 >= int(percent / 100 * (len(values) - 1))
-    assert min(values) <= value * (1 + 1e-12) and value <= max(values) * (1 + 1e-12)
+    assert min(values) * (1 - 1e-12) <= value <= max(values) * (1 + 1e-12)
 
 
 def test_percentiles_as_text():
@@ -194,7 +196,7 @@ def test_a_request_that_has_no_end_is_wrong_when_its_time_is_over(form):
 def test_a_client_leaves_after_as_many_pieces_as_planned():
     def endless(run):
         for _ in range(3):
-            run.say(["w1 "])
+            run.tell(Delta(0, "w1 ", (11,)))
         run.wait()
 
     with scripted(endless) as engine, serving(engine) as port:
@@ -244,10 +246,10 @@ def test_everything_at_once_leaves_nothing_behind_and_says_what_is_said_alone(po
         stress.put_under_load(url, os.getpid(), planner(1).greedy(4), talks, 4, deadline_seconds=DEADLINE)
     )
     assert [fault for fault in result.faults() if "memory" not in fault] == []
-    assert Counter(verdict for _, verdict, _ in result.judged)[Verdict.REFUSED] == 3
+    assert Counter(verdict for _, verdict, _ in result.judged)[Verdict.REFUSED] == 2
     comparisons = asyncio.run(stress.one_at_a_time(url, result, deadline_seconds=DEADLINE))
     assert [one.differences for one in comparisons] == [()] * len(KINDS)
-    assert sum(one.total for one in comparisons) == len(result.comparable) >= 15
+    assert sum(one.total for one in comparisons) == len(result.comparable) == 19
     by_kind, memory = stress.tables(result, comparisons, "conditions")
     assert [row[0] for row in by_kind.rows] == list(KINDS)
     assert sum(int(row[1]) for row in by_kind.rows) == 24
@@ -275,8 +277,9 @@ def test_gaps_beside_a_long_prompt(port, monkeypatch):
     scene = gaps.Scene(prompt_tokens=150, replies=2, bias={"2": -100}, deadline_seconds=DEADLINE)
     asyncio.run(gaps.measure(f"http://127.0.0.1:{port}", "tiny", texts, scene, Random(0), found))
     assert len(found.prefills) == 1
-    assert sum(found.during) >= 2 * found.prefills[0] * 0.9
-    assert max(found.during) < found.prefills[0], "the replies went on meanwhile"
+    assert sum(found.during) >= 2 * found.prefills[0], "all of the time lies in gaps of each reply"
+    assert found.calm
+    assert servers.idle(f"http://127.0.0.1:{port}"), "the replies are given up"
     assert len(gaps.table({("tiny", 8): found}, 150, "").rows[0]) == len(gaps.table({}, 150, "").columns)
     with pytest.raises(EngineError, match="a reply of nobody ended too early"):
         asyncio.run(gaps.measure(f"http://127.0.0.1:{port}", "nobody", texts, scene, Random(0), found))
@@ -321,8 +324,8 @@ def test_a_server_process_is_paused_and_ends(tmp_path):
 
 def test_a_server_that_does_not_start_leaves_its_last_words(tmp_path):
     options = {"log": tmp_path / "logs" / "log", "threads": 1}
+    command = [sys.executable, "-c", "print('no such model', flush=True); raise SystemExit(3)"]
     with pytest.raises(EngineError, match="nothing ended with exit code 3; it last said: no such model"):
-        command = [sys.executable, "-c", "print('no such model', flush=True); raise SystemExit(3)"]
         servers.ServerProcess("nothing", command, servers.free_port(), **options)
     with pytest.raises(EngineError, match="nowhere did not start"):
         servers.ServerProcess("nowhere", [str(tmp_path / "no program")], servers.free_port(), **options)
