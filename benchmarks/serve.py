@@ -177,9 +177,9 @@ def run(plan: Plan, parts: Sequence[str]) -> list[str]:
     sections: list[Section] = []
     faults: list[str] = []
     runs: dict[str, Callable[[], list[Section]]] = {
-        "load": partial(load, plan, texts, faults),
-        "gaps": partial(gaps, plan, texts, tokenizer),
-        "others": partial(others, plan, texts, tokenizer),
+        "load": partial(under_load, plan, texts, faults),
+        "gaps": partial(beside_a_prompt, plan, texts, tokenizer),
+        "others": partial(beside_others, plan, texts, tokenizer),
     }
     for part in parts:
         sections += runs[part]()
@@ -188,12 +188,12 @@ def run(plan: Plan, parts: Sequence[str]) -> list[str]:
     return faults
 
 
-def load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
+def under_load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
     """Everything at once, then one request at a time."""
     presets = [option for preset in plan.presets for option in ("--preset", preset)]
     options = [*presets, "--max-body", str(MAX_BODY_BYTES)]
     with (
-        lazyllm(plan, "load", *options) as server,
+        lazyllm_server(plan, "load", *options) as server,
         console.status(f"{plan.requests} requests by {plan.clients} clients"),
     ):
         models = models_of(server.url)
@@ -204,7 +204,7 @@ def load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
         )
     faults += stress.faults()
     with (
-        lazyllm(plan, "alone", *options, "--prefix-bytes", "0") as server,
+        lazyllm_server(plan, "alone", *options, "--prefix-bytes", "0") as server,
         console.status("the same requests, one at a time"),
     ):
         comparisons = asyncio.run(one_at_a_time(server.url, stress, deadline_seconds=plan.deadline))
@@ -217,7 +217,7 @@ def load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
     return tables(stress, comparisons, said)
 
 
-def gaps(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
+def beside_a_prompt(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
     """Gaps between tokens, by preset and size of piece."""
     scene = Scene(plan.prompt, plan.replies, {str(tokenizer.eos_token_id): -100}, plan.deadline)
     kinds = [(preset, piece) for preset in plan.presets for piece in plan.pieces]
@@ -240,10 +240,10 @@ def gaps(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
 
 def gaps_server(plan: Plan, preset: str, piece: int) -> ServerProcess:
     options = ["--preset", preset, "--piece", str(piece), "--prefix-bytes", "0"]
-    return lazyllm(plan, f"gaps-{preset}-{piece}", *options)
+    return lazyllm_server(plan, f"gaps-{preset}-{piece}", *options)
 
 
-def others(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
+def beside_others(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
     """The same requests to every server."""
     failures: list[str] = []
     with ExitStack() as stack:
@@ -297,7 +297,7 @@ def shuffled_rounds(plan: Plan, entrants: Sequence[Entrant], title: str) -> Iter
     return track(turns, description=title, console=console)
 
 
-def lazyllm(plan: Plan, name: str, *options: str) -> ServerProcess:
+def lazyllm_server(plan: Plan, name: str, *options: str) -> ServerProcess:
     """`lazyllm serve`."""
     port = free_port()
     command = [sys.executable, "-m", "lazyllm", "serve", "--model", str(plan.source), "--dtype", plan.dtype]
@@ -309,7 +309,7 @@ def lazyllm_rivals(plan: Plan, tokenizer: Any) -> list[Starter]:
 
     def start() -> list[Rival]:
         presets = [option for preset in plan.presets for option in ("--preset", preset)]
-        server = lazyllm(plan, "others", *presets, "--max-running", str(max(16, plan.clients)))
+        server = lazyllm_server(plan, "others", *presets, "--max-running", str(max(16, plan.clients)))
         models = zip(plan.presets, models_of(server.url), strict=True)
         return [Rival("lazyllm", preset, server, model) for preset, model in models]
 
