@@ -156,8 +156,15 @@ def models_of(url: str) -> list[str]:
 
 
 def metrics_of(url: str) -> dict[str, float]:
-    """What a lazyllm server counts, by name; of what has labels, `name{value,...}`."""
-    text = httpx2.get(f"{url}/metrics", timeout=5, trust_env=False).text
+    """What a lazyllm server counts, by name; of what has labels, `name{value,...}`.
+
+    Raises:
+        EngineError: when it is gone.
+    """
+    try:
+        text = httpx2.get(f"{url}/metrics", timeout=60, trust_env=False).text
+    except httpx2.HTTPError as error:
+        raise EngineError(f"the server at {url} says nothing any more: {error!r}") from None
     return {
         sample.name + (f"{{{','.join(sample.labels.values())}}}" if sample.labels else ""): sample.value
         for family in text_string_to_metric_families(text)
