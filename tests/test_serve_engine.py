@@ -190,7 +190,7 @@ def test_files_are_policies_by_name(tmp_path):
 def test_the_command_serves_until_it_is_told_to_end(folder):
     command = [sys.executable, "-m", "lazyllm", "serve", "--model", str(folder), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--preset", "dense", "--preset", "paper"],
+        [*command, "--preset", "dense", "--preset", "recommended"],
         cwd=Path(__file__).parents[1],
         env={**os.environ, KEY_VARIABLE: "first second", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -203,7 +203,7 @@ def test_the_command_serves_until_it_is_told_to_end(folder):
         address = said.split()[3]
         asked = urllib.request.Request(
             address + TEXTS,
-            json.dumps({**TEXT, **GREEDY, "model": "tiny:paper"}).encode(),
+            json.dumps({**TEXT, **GREEDY, "model": "tiny:recommended"}).encode(),
             {"Authorization": "Bearer second", "Content-Type": "application/json"},
         )
         with urllib.request.urlopen(asked, timeout=PATIENCE) as reply:

@@ -75,7 +75,6 @@ def serve(
         request_seconds=request_timeout,
     )
     limits = EngineLimits(max_running, max_waiting, piece, prefix_bytes, document_bytes)
-    log_to_stderr(log_level)
     with listen(host, port) as listener:
         source = str(packaged_model()) if model == PACKAGED else model
         with quiet_loading():
@@ -88,6 +87,7 @@ def serve(
         def announce() -> None:
             typer.echo(f"{settings.name} answers at {address} under {', '.join(configs)}; Ctrl-C ends it")
 
+        log_to_stderr(log_level)
         server = Server(Engine(pipelines, limits), settings, drain_seconds=drain, on_start=announce)
         run_server(server, listener)
 
