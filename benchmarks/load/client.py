@@ -6,10 +6,11 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import cast
 
 import httpx2
 
@@ -144,7 +145,8 @@ async def _exchange(http: httpx2.AsyncClient, outcome: Outcome) -> None:
 
 async def _read(response: httpx2.Response, outcome: Outcome, pieces: int | None) -> None:
     """Reads a stream, to its end or so many pieces of text."""
-    async with aclosing(aiter(httpx2.EventSource(response))) as events:
+    source = cast("AsyncGenerator[httpx2.ServerSentEvent, None]", aiter(httpx2.EventSource(response)))
+    async with aclosing(source) as events:
         async for event in events:
             outcome.take_event(event.data)
             if pieces is not None and len(outcome.arrivals) >= pieces:
