@@ -71,6 +71,11 @@ class Outcome:
         return int(self.usage.get("completion_tokens", 0))
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were kept of earlier ones, as the server counts them."""
+        return int((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0))
+
+    @property
     def seconds_per_token(self) -> float | None:
         """Mean time from one token of a stream to the next; None for less than two."""
         if not self.arrivals or self.reply_tokens < 2:

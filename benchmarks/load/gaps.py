@@ -19,7 +19,8 @@ from .plan import Ask, Texts, streamed
 
 WARM_TOKENS = 4
 """How many tokens each reply has before anything is measured."""
-CALM_SECONDS = 3.0
+CALM_TOKENS = 40
+"""How many more it has before the long prompt is asked."""
 ENDLESS_TOKENS = 4000
 SHORT_PROMPT = 64
 POLLING_SECONDS = 0.02
@@ -77,7 +78,7 @@ async def measure(url: str, model: str, texts: Texts, scene: Scene, random: Rand
         try:
             await _further(replies, WARM_TOKENS)
             calm = time.perf_counter()
-            await asyncio.sleep(CALM_SECONDS)
+            await _further(replies, CALM_TOKENS)
             await send(http, long, deadline_seconds=scene.deadline_seconds)
             await _further(replies, 1)
             ended = [one for one in replies if one.ended]
