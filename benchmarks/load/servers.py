@@ -21,7 +21,7 @@ from lazyllm.errors import EngineError
 from lazyllm.evaluation.workers import LAST_WORDS
 
 HOST = "127.0.0.1"
-LOADING_SECONDS = 300.0
+LOADING_SECONDS = 900.0
 ENDING_SECONDS = 15.0
 IDLE_SECONDS = 30.0
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
