@@ -19,13 +19,14 @@ from __future__ import annotations
 import asyncio
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
 import typer
 from load.gaps import Gaps, Scene, measure
@@ -33,7 +34,7 @@ from load.gaps import table as gaps_table
 from load.plan import MAX_BODY_BYTES, Planner, Texts
 from load.rivals import Record, Rival, prompt_lengths, run_round
 from load.rivals import table as rivals_table
-from load.servers import ServerProcess, alone, free_port, models_of, running
+from load.servers import ServerProcess, alone, free_port, models_of
 from load.stress import one_at_a_time, put_under_load, tables
 from others import INSTALLS, WORKERS, interpreter
 from rich.console import Console
@@ -59,6 +60,10 @@ TRANSFORMERS_RUNS: dict[str, list[str]] = {
 }
 """Ways of `transformers serve` on a processor; a cache sized by itself would take most of the memory."""
 STOCK = "transformers one by one"
+Starter: TypeAlias = Callable[[], list[Rival]]
+"""Starts a server, and gives the ways in which it can be asked."""
+
+Entrant = TypeVar("Entrant")
 
 console = Console(width=None if Console().is_terminal else 200)
 
@@ -123,14 +128,13 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
 ) -> None:
     try:
-        fewest, *_, most = numbers_in(lengths) * 2
         plan = Plan(
             source=Path(model or packaged_model()),
             dtype=dtype,
             presets=names_in(presets),
             requests=40 if quick else requests,
             clients=clients,
-            lengths=(fewest, 256 if quick else most),
+            lengths=span("64,700" if quick else lengths),
             prompt=1500 if quick else prompt,
             replies=replies,
             pieces=numbers_in(pieces),
@@ -151,6 +155,18 @@ def main(
         raise typer.Exit(1)
 
 
+def span(text: str) -> tuple[int, int]:
+    """Two numbers, the smaller one first.
+
+    Raises:
+        InputError: for anything else.
+    """
+    numbers = numbers_in(text)
+    if len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise InputError(f"lengths are the fewest and the most tokens of a prompt, such as 64,1536, not {text!r}")
+    return numbers[0], numbers[1]
+
+
 def run(plan: Plan, parts: Sequence[str]) -> list[str]:
     """Runs the parts and writes what came of them; gives what was wrong under load."""
     if plan.source.suffix != ".gguf":
@@ -161,9 +177,9 @@ def run(plan: Plan, parts: Sequence[str]) -> list[str]:
     sections: list[Section] = []
     faults: list[str] = []
     runs: dict[str, Callable[[], list[Section]]] = {
-        "load": partial(load, plan, texts, faults),
-        "gaps": partial(gaps, plan, texts, tokenizer),
-        "others": partial(others, plan, texts, tokenizer),
+        "load": partial(under_load, plan, texts, faults),
+        "gaps": partial(beside_a_prompt, plan, texts, tokenizer),
+        "others": partial(beside_others, plan, texts, tokenizer),
     }
     for part in parts:
         sections += runs[part]()
@@ -172,12 +188,14 @@ def run(plan: Plan, parts: Sequence[str]) -> list[str]:
     return faults
 
 
-def load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
+def under_load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
     """Everything at once, then one request at a time."""
     presets = [option for preset in plan.presets for option in ("--preset", preset)]
     options = [*presets, "--max-body", str(MAX_BODY_BYTES)]
-    server = lazyllm(plan, "load", *options)
-    with running(server), console.status(f"{plan.requests} requests by {plan.clients} clients"):
+    with (
+        lazyllm_server(plan, "load", *options) as server,
+        console.status(f"{plan.requests} requests by {plan.clients} clients"),
+    ):
         models = models_of(server.url)
         warm_up = Planner(texts, models, plan.lengths, seed=plan.seed + 1).greedy(2 * plan.clients)
         talks = Planner(texts, models, plan.lengths, seed=plan.seed).mixed(plan.requests)
@@ -185,8 +203,10 @@ def load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
             put_under_load(server.url, server.pid, warm_up, talks, plan.clients, deadline_seconds=plan.deadline)
         )
     faults += stress.faults()
-    server = lazyllm(plan, "alone", *options, "--prefix-bytes", "0")
-    with running(server), console.status("the same requests, one at a time"):
+    with (
+        lazyllm_server(plan, "alone", *options, "--prefix-bytes", "0") as server,
+        console.status("the same requests, one at a time"),
+    ):
         comparisons = asyncio.run(one_at_a_time(server.url, stress, deadline_seconds=plan.deadline))
     said = told(
         plan,
@@ -197,18 +217,13 @@ def load(plan: Plan, texts: Texts, faults: list[str]) -> list[Section]:
     return tables(stress, comparisons, said)
 
 
-def gaps(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
+def beside_a_prompt(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
     """Gaps between tokens, by preset and size of piece."""
     scene = Scene(plan.prompt, plan.replies, {str(tokenizer.eos_token_id): -100}, plan.deadline)
     kinds = [(preset, piece) for preset in plan.presets for piece in plan.pieces]
-    servers = {
-        (preset, piece): lazyllm(
-            plan, f"gaps-{preset}-{piece}", "--preset", preset, "--piece", str(piece), "--prefix-bytes", "0"
-        )
-        for preset, piece in kinds
-    }
     found = {kind: Gaps() for kind in kinds}
-    with running(*servers.values()):
+    with ExitStack() as stack:
+        servers = {kind: stack.enter_context(gaps_server(plan, *kind)) for kind in kinds}
         for kind, number in shuffled_rounds(plan, kinds, "gaps"):
             server, noted = servers[kind], found[kind] if number else Gaps()
             with alone(server, list(servers.values())):
@@ -223,19 +238,25 @@ def gaps(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
     return [gaps_table(found, plan.prompt, said)]
 
 
-def others(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
+def gaps_server(plan: Plan, preset: str, piece: int) -> ServerProcess:
+    options = ["--preset", preset, "--piece", str(piece), "--prefix-bytes", "0"]
+    return lazyllm_server(plan, f"gaps-{preset}-{piece}", *options)
+
+
+def beside_others(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
     """The same requests to every server."""
-    starters = {"lazyllm": lazyllm_rivals, "transformers": transformers_rivals, "llama.cpp": llama_cpp_rivals}
-    rivals = [rival for engine in plan.engines for rival in starters[engine](plan, tokenizer)]
-    servers = list({id(one.server): one.server for one in rivals if isinstance(one.server, ServerProcess)}.values())
-    entrants = {rival.name: rival for rival in rivals if isinstance(rival.server, ServerProcess)}
-    records = {name: Record() for name in entrants}
-    with running(*servers):
-        for name, number in shuffled_rounds(plan, list(entrants), "servers side by side"):
-            rival, record = entrants[name], records[name] if number else Record()
+    failures: list[str] = []
+    with ExitStack() as stack:
+        rivals = started_rivals(plan, tokenizer, stack, failures)
+        servers = list({rival.server.pid: rival.server for rival in rivals}.values())
+        records = {rival.name: Record() for rival in rivals}
+        for rival, number in shuffled_rounds(plan, rivals, "servers side by side"):
             talks = Planner(texts, [""], plan.lengths, seed=plan.seed + number).greedy(plan.round_requests)
-            with alone(cast(ServerProcess, rival.server), servers):
-                asyncio.run(run_round(rival, talks, plan.clients, record, deadline_seconds=plan.deadline))
+            noted = records[rival.name] if number else Record()
+            with alone(rival.server, servers):
+                asyncio.run(
+                    run_round(rival.server.url, rival.model, talks, plan.clients, noted, deadline_seconds=plan.deadline)
+                )
     said = told(
         plan,
         tokens=f"prompts of {length_range(prompt_lengths(records))} tokens, replies of at most 8 to 48",
@@ -243,66 +264,96 @@ def others(plan: Plan, texts: Texts, tokenizer: Any) -> list[Section]:
         measured=f"{plan.round_requests} greedy streams by {plan.clients} clients in each of {in_rounds(plan.rounds)}; "
         "TTFT and time per token over all requests; one server computing at a time",
     )
-    names = {"lazyllm": "lazyllm-torch", "transformers": "transformers"}
-    versions = [f"{engine} {version(names[engine])}" for engine in plan.engines if engine in names]
-    return [rivals_table(rivals, records, STOCK, said, [f"{', '.join([*versions, INSTALLS['llama.cpp'][0][-1]])}."])]
+    return [rivals_table(rivals, records, STOCK, said, [versions(), *failures])]
 
 
-def shuffled_rounds(plan: Plan, entrants: Sequence[Any], title: str) -> list[tuple[Any, int]]:
+def started_rivals(plan: Plan, tokenizer: Any, stack: ExitStack, failures: list[str]) -> list[Rival]:
+    """Those of the engines that started; why others did not is noted.
+
+    Raises:
+        EngineError: when none did.
+    """
+    starters = {"lazyllm": lazyllm_rivals, "transformers": transformers_rivals, "llama.cpp": llama_cpp_rivals}
+    rivals: list[Rival] = []
+    for engine in plan.engines:
+        for start in starters[engine](plan, tokenizer):
+            try:
+                entered = start()
+            except EngineError as error:
+                console.print(f"[yellow]{error}[/yellow]")
+                failures.append(f"{error}.")
+                continue
+            rivals += entered
+            stack.enter_context(entered[0].server)
+    if not rivals:
+        raise EngineError("; ".join(failures))
+    return rivals
+
+
+def shuffled_rounds(plan: Plan, entrants: Sequence[Entrant], title: str) -> Iterable[tuple[Entrant, int]]:
     """Everyone once in each round, in an order drawn anew; round 0 warms up."""
     order = Random(plan.seed)
     turns = [(one, number) for number in range(plan.rounds + 1) for one in order.sample(entrants, len(entrants))]
-    return cast(list[tuple[Any, int]], track(turns, description=title, console=console))
+    return track(turns, description=title, console=console)
 
 
-def lazyllm(plan: Plan, name: str, *options: str) -> ServerProcess:
+def lazyllm_server(plan: Plan, name: str, *options: str) -> ServerProcess:
     """`lazyllm serve`."""
     port = free_port()
     command = [sys.executable, "-m", "lazyllm", "serve", "--model", str(plan.source), "--dtype", plan.dtype]
     return started(plan, f"lazyllm-{name}", [*command, "--port", str(port), *options], port, ready="/ready")
 
 
-def lazyllm_rivals(plan: Plan, tokenizer: Any) -> list[Rival]:
+def lazyllm_rivals(plan: Plan, tokenizer: Any) -> list[Starter]:
     """One server with all presets."""
-    presets = [option for preset in plan.presets for option in ("--preset", preset)]
-    server = lazyllm(plan, "others", *presets, "--max-running", str(max(16, plan.clients)))
-    models = zip(plan.presets, models_of(server.url), strict=True)
-    return [Rival("lazyllm", preset, server, model) for preset, model in models]
+
+    def start() -> list[Rival]:
+        presets = [option for preset in plan.presets for option in ("--preset", preset)]
+        server = lazyllm_server(plan, "others", *presets, "--max-running", str(max(16, plan.clients)))
+        models = zip(plan.presets, models_of(server.url), strict=True)
+        return [Rival("lazyllm", preset, server, model) for preset, model in models]
+
+    return [start]
 
 
-def transformers_rivals(plan: Plan, tokenizer: Any) -> list[Rival]:
+def transformers_rivals(plan: Plan, tokenizer: Any) -> list[Starter]:
     """`transformers serve`, in each of its ways."""
-    folder = plan.out / "weights" / plan.source.stem
+    folder = (plan.out / "weights" / plan.source.stem).absolute()
     if not folder.exists():
         with console.status(f"writing {folder}"):
             write_checkpoint(plan.source, folder)
     tokenizer.save_pretrained(folder)
-    model = str(folder.absolute())
-    program = str(Path(sys.executable).with_name("transformers"))
-    rivals = []
-    for run, options in TRANSFORMERS_RUNS.items():
-        port = free_port()
-        command = [program, "serve", model, "--device", "cpu", "--dtype", plan.dtype, "--port", str(port)]
+
+    def start(run: str, options: Sequence[str]) -> list[Rival]:
+        port, program = free_port(), Path(sys.executable).with_name("transformers")
+        command = [str(program), "serve", str(folder), "--device", "cpu", "--dtype", plan.dtype, "--port", str(port)]
         command += ["--host", "127.0.0.1", "--model-timeout", "-1", *options]
-        server = tried(partial(started, plan, f"transformers-{run.replace(' ', '-')}", command, port))
-        rivals.append(Rival("transformers", run, server, model))
-    return rivals
+        server = started(plan, f"transformers-{run.replace(' ', '-')}", command, port)
+        return [Rival("transformers", run, server, str(folder))]
+
+    return [partial(start, run, options) for run, options in TRANSFORMERS_RUNS.items()]
 
 
-def llama_cpp_rivals(plan: Plan, tokenizer: Any) -> list[Rival]:
+def llama_cpp_rivals(plan: Plan, tokenizer: Any) -> list[Starter]:
     """llama.cpp's own server, in an environment of its own."""
     path = plan.out / "weights" / f"{plan.source.stem}-{plan.file_type}.gguf"
     if not path.exists():
         with console.status(f"writing {path}"):
             write_dequantised(plan.source, path, cast(FileType, plan.file_type))
 
-    def start() -> ServerProcess:
+    def start() -> list[Rival]:
         python, port = interpreter(plan.out / "venvs" / "llama.cpp", INSTALLS["llama.cpp"]), free_port()
         sizes = [port, plan.clients, SLOT_TOKENS, plan.threads]
         command = [str(python), str(WORKERS / "llama_cpp_server.py"), str(path), *map(str, sizes)]
-        return started(plan, "llama-cpp", command, port)
+        return [Rival("llama.cpp", plan.file_type, started(plan, "llama.cpp", command, port), plan.source.stem)]
 
-    return [Rival("llama.cpp", plan.file_type, tried(start), plan.source.stem)]
+    return [start]
+
+
+def versions() -> str:
+    """Of all engines."""
+    named = [f"{name} {version(name)}" for name in ("lazyllm-torch", "transformers", "torch")]
+    return f"{', '.join([*named, INSTALLS['llama.cpp'][0][-1]])}."
 
 
 def started(plan: Plan, name: str, command: Sequence[str], port: int, *, ready: str = "/health") -> ServerProcess:
@@ -311,15 +362,6 @@ def started(plan: Plan, name: str, command: Sequence[str], port: int, *, ready: 
         return ServerProcess(
             name, command, port, log=plan.out / "logs" / f"{name}.log", threads=plan.threads, ready=ready
         )
-
-
-def tried(start: Callable[[], ServerProcess]) -> ServerProcess | EngineError:
-    """A server, or why there is none."""
-    try:
-        return start()
-    except EngineError as error:
-        console.print(f"[yellow]{error}[/yellow]")
-        return error
 
 
 def told(plan: Plan, *, tokens: str, baseline: str, measured: str) -> str:

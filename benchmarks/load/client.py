@@ -6,10 +6,11 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import cast
 
 import httpx2
 
@@ -68,6 +69,11 @@ class Outcome:
     def reply_tokens(self) -> int:
         """Tokens of all replies, as the server counts them."""
         return int(self.usage.get("completion_tokens", 0))
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were kept of earlier ones, as the server counts them."""
+        return int((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0))
 
     @property
     def seconds_per_token(self) -> float | None:
@@ -144,7 +150,8 @@ async def _exchange(http: httpx2.AsyncClient, outcome: Outcome) -> None:
 
 async def _read(response: httpx2.Response, outcome: Outcome, pieces: int | None) -> None:
     """Reads a stream, to its end or so many pieces of text."""
-    async with aclosing(aiter(httpx2.EventSource(response))) as events:
+    source = cast("AsyncGenerator[httpx2.ServerSentEvent, None]", aiter(httpx2.EventSource(response)))
+    async with aclosing(source) as events:
         async for event in events:
             outcome.take_event(event.data)
             if pieces is not None and len(outcome.arrivals) >= pieces:

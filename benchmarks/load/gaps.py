@@ -19,7 +19,8 @@ from .plan import Ask, Texts, streamed
 
 WARM_TOKENS = 4
 """How many tokens each reply has before anything is measured."""
-CALM_SECONDS = 3.0
+CALM_TOKENS = 40
+"""How many more it has before the long prompt is asked."""
 ENDLESS_TOKENS = 4000
 SHORT_PROMPT = 64
 POLLING_SECONDS = 0.02
@@ -75,10 +76,11 @@ async def measure(url: str, model: str, texts: Texts, scene: Scene, random: Rand
     async with connected(url) as http:
         streams = [asyncio.create_task(send(http, one, deadline_seconds=scene.deadline_seconds)) for one in replies]
         try:
-            await _warm(replies)
+            await _further(replies, WARM_TOKENS)
             calm = time.perf_counter()
-            await asyncio.sleep(CALM_SECONDS)
+            await _further(replies, CALM_TOKENS)
             await send(http, long, deadline_seconds=scene.deadline_seconds)
+            await _further(replies, 1)
             ended = [one for one in replies if one.ended]
         finally:
             for stream in streams:
@@ -99,9 +101,10 @@ def prepared(question: str, options: Mapping[str, Any]) -> Outcome:
     return Outcome(ask, ask.body())
 
 
-async def _warm(outcomes: Sequence[Outcome]) -> None:
-    """Returns once each reply has its first tokens, or has ended."""
-    while any(len(one.arrivals) < WARM_TOKENS and not one.ended for one in outcomes):
+async def _further(replies: Sequence[Outcome], tokens: int) -> None:
+    """Returns once each reply has so many more tokens, or has ended."""
+    wanted = [len(one.arrivals) + tokens for one in replies]
+    while any(len(one.arrivals) < most and not one.ended for one, most in zip(replies, wanted, strict=True)):
         await asyncio.sleep(POLLING_SECONDS)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 
-from lazyllm.errors import EngineError
 from lazyllm.evaluation.bench import Spread
 from lazyllm.evaluation.sections import Section, bold, times
 
@@ -24,14 +22,14 @@ class Rival:
     Attributes:
         engine: the program.
         run: what it does there, e.g. a preset.
-        server: its process; or why there is none.
+        server: its process.
         model: what its requests name.
     """
 
     engine: str
     run: str
-    server: ServerProcess | EngineError
-    model: str = ""
+    server: ServerProcess
+    model: str
 
     @property
     def name(self) -> str:
@@ -82,46 +80,42 @@ def answered(outcome: Outcome) -> bool:
 
 
 async def run_round(
-    rival: Rival, talks: Sequence[Talk], clients: int, record: Record, *, deadline_seconds: float
+    url: str, model: str, talks: Sequence[Talk], clients: int, record: Record, *, deadline_seconds: float
 ) -> None:
-    """One round of a rival, noted in its record."""
-    assert isinstance(rival.server, ServerProcess), "there is a server to be asked"
-    named = [tuple(replace(ask, options={**ask.options, "model": rival.model}) for ask in talk) for talk in talks]
-    async with connected(rival.server.url) as http:
+    """One round of a server's model, noted in a record."""
+    named = [tuple(replace(ask, options={**ask.options, "model": model}) for ask in talk) for talk in talks]
+    async with connected(url) as http:
         began = time.perf_counter()
         record.outcomes.append(await drive(http, named, clients, deadline_seconds=deadline_seconds))
         record.seconds.append(time.perf_counter() - began)
 
 
 def table(
-    rivals: Sequence[Rival], records: Mapping[str, Record], stock: str | None, said: str, notes: Sequence[str] = ()
+    rivals: Sequence[Rival], records: Mapping[str, Record], stock: str, said: str, notes: Sequence[str] = ()
 ) -> Section:
-    """One line for each rival; `stock` is the one whose replies the others' are compared with."""
+    """One line for each rival; `stock` is the one whose replies the others' are compared with, where it ran."""
     base = max(
-        (rival.name for rival in rivals if rival.engine == "transformers" and rival.name in records),
+        (rival.name for rival in rivals if rival.engine == "transformers"),
         key=lambda name: records[name].requests_per_second.median,
         default=None,
     )
     rows = []
     for rival in rivals:
-        if rival.name not in records:
-            rows.append([rival.engine, rival.run, "failed", *[""] * 6])
-            continue
         record = records[rival.name]
-        row = [rival.engine, rival.run, *_cells(record), _speedup(record, records.get(base or ""))]
-        row.append(_same(record, records.get(stock or "")))
+        speedup = _speedup(record, records[base]) if base else ""
+        row = [rival.engine, rival.run, *_cells(record, speedup), _same(record, records.get(stock))]
         rows.append(bold(row) if rival.name == base else row)
-    columns = ["server", "run", "requests per second", "reply tokens per second", "TTFT, seconds, 50 / 90 / 99 %"]
-    columns += ["ms per token, 50 / 90 / 99 %", "failed", "requests per second, of the best transformers"]
-    columns += ["same replies as stock"]
-    reasons = [f"{rival.name} failed: {rival.server}." for rival in rivals if isinstance(rival.server, EngineError)]
-    return Section("Servers side by side", said, columns, rows, [*notes, *reasons])
+    columns = ["server", "run", "requests per second", "of the baseline", "reply tokens per second"]
+    columns += ["TTFT, seconds, 50 / 90 / 99 %", "ms per token, 50 / 90 / 99 %", "not answered", "same replies"]
+    notes = [f"*Same replies*: as {stock}, to the last character.", *_tokens_of_prompts(records), *notes]
+    return Section("Servers side by side", said, columns, rows, notes)
 
 
-def _cells(record: Record) -> list[str]:
+def _cells(record: Record, speedup: str) -> list[str]:
     outcomes = [outcome for outcome in record.all_outcomes if answered(outcome)]
     return [
         record.requests_per_second.show(2),
+        speedup,
         record.tokens_per_second.show(1),
         shown(known([outcome.ttft_seconds for outcome in outcomes])),
         shown(known([outcome.seconds_per_token for outcome in outcomes]), 0, factor=1000),
@@ -129,14 +123,9 @@ def _cells(record: Record) -> list[str]:
     ]
 
 
-def _speedup(record: Record, base: Record | None) -> str:
-    if base is None:
-        return ""
-    return times(median(_rates(record)) / median(_rates(base)))
-
-
-def _rates(record: Record) -> list[float]:
-    return [sum(map(answered, one)) / seconds for one, seconds in zip(record.outcomes, record.seconds, strict=True)]
+def _speedup(record: Record, base: Record) -> str:
+    slower = base.requests_per_second.median
+    return times(record.requests_per_second.median / slower) if slower else ""
 
 
 def _same(record: Record, stock: Record | None) -> str:
@@ -146,12 +135,20 @@ def _same(record: Record, stock: Record | None) -> str:
     return f"{sum(one.texts == other.texts for one, other in pairs)} of {len(pairs)}"
 
 
+def _tokens_of_prompts(records: Mapping[str, Record]) -> list[str]:
+    """A note where the servers made prompts of different lengths of the same messages."""
+    sums = {name: sum(_prompt_tokens(record)) for name, record in records.items() if not record.failed}
+    if len(set(sums.values())) < 2:
+        return []
+    return ["Tokens of all prompts: " + ", ".join(f"{name} {total:,}" for name, total in sums.items()) + "."]
+
+
+def _prompt_tokens(record: Record) -> list[int]:
+    """By request, as the server counts them."""
+    return [outcome.usage["prompt_tokens"] for outcome in record.all_outcomes if "prompt_tokens" in outcome.usage]
+
+
 def prompt_lengths(records: Mapping[str, Record]) -> list[int]:
-    """Shortest and longest prompt in tokens, as the servers count them."""
-    counted = [
-        int(outcome.usage["prompt_tokens"])
-        for record in records.values()
-        for outcome in record.all_outcomes
-        if "prompt_tokens" in outcome.usage
-    ]
+    """Shortest and longest prompt in tokens."""
+    counted = [tokens for record in records.values() for tokens in _prompt_tokens(record)]
     return [int(value) for value in percentiles(counted, (0, 100))]

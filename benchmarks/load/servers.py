@@ -8,8 +8,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import httpx2
 import psutil
@@ -19,7 +21,7 @@ from lazyllm.errors import EngineError
 from lazyllm.evaluation.workers import LAST_WORDS
 
 HOST = "127.0.0.1"
-LOADING_SECONDS = 300.0
+LOADING_SECONDS = 900.0
 ENDING_SECONDS = 15.0
 IDLE_SECONDS = 30.0
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
@@ -34,7 +36,7 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """A server that was started, until `stop`.
+    """A server that was started; a context that ends it.
 
     Args:
         name: what errors call it.
@@ -101,6 +103,16 @@ class ServerProcess:
             self._process.kill()
             self._process.wait()
 
+    def __enter__(self) -> Self:
+        """The server, until the context is left."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends it."""
+        self.stop()
+
     def _wait(self, path: str) -> None:
         deadline = time.monotonic() + LOADING_SECONDS
         while not answers(self.url + path):
@@ -113,15 +125,6 @@ class ServerProcess:
     def _last_words(self) -> str:
         words = self._log.read_text(errors="replace").strip().splitlines()[-LAST_WORDS:]
         return "; it last said: " + " | ".join(words) if words else ""
-
-
-@contextmanager
-def running(*servers: ServerProcess) -> Iterator[None]:
-    """Ends servers in the end."""
-    with ExitStack() as stack:
-        for server in servers:
-            stack.callback(server.stop)
-        yield
 
 
 @contextmanager
@@ -153,8 +156,15 @@ def models_of(url: str) -> list[str]:
 
 
 def metrics_of(url: str) -> dict[str, float]:
-    """What a lazyllm server counts, by name; of what has labels, `name{value,...}`."""
-    text = httpx2.get(f"{url}/metrics", timeout=5, trust_env=False).text
+    """What a lazyllm server counts, by name; of what has labels, `name{value,...}`.
+
+    Raises:
+        EngineError: when it is gone.
+    """
+    try:
+        text = httpx2.get(f"{url}/metrics", timeout=60, trust_env=False).text
+    except httpx2.HTTPError as error:
+        raise EngineError(f"the server at {url} says nothing any more: {error!r}") from None
     return {
         sample.name + (f"{{{','.join(sample.labels.values())}}}" if sample.labels else ""): sample.value
         for family in text_string_to_metric_families(text)

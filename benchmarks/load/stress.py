@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+
+import psutil
 
 from lazyllm.evaluation.sections import Section
 
@@ -78,7 +81,8 @@ class Stress:
         """All that went wrong."""
         for outcome, verdict, why in self.judged:
             if verdict is Verdict.WRONG:
-                yield f"{outcome.ask.kind}: {why}"
+                named = f" ({outcome.ask.fault.name})" if outcome.ask.fault else ""
+                yield f"{outcome.ask.kind}{named}: {why}"
         if missing := self.planned - len(self.outcomes):
             yield f"{missing} requests were not asked, since what came before them in a conversation went wrong"
         if not self.idle:
@@ -118,9 +122,10 @@ async def put_under_load(
 
 
 async def _watch(pid: int, sampled: list[int]) -> None:
-    while True:
-        sampled.append(resident_bytes(pid))
-        await asyncio.sleep(SAMPLING_SECONDS)
+    with suppress(psutil.NoSuchProcess):  # whoever asks it next tells of that
+        while True:
+            sampled.append(resident_bytes(pid))
+            await asyncio.sleep(SAMPLING_SECONDS)
 
 
 async def _settled(url: str, pid: int) -> Memory:

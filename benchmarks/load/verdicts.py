@@ -102,4 +102,5 @@ def difference(one: Outcome, other: Outcome) -> str:
     here, there = (repr(text[same : same + SHOWN]) for text in (first, second))
     model = one.ask.options["model"]
     told = "" if other.trouble is None else f" ({other.trouble})"
-    return f"{one.ask.kind}, {model}: after {same} characters {here} under load, {there} alone{told}"
+    kept = f"{one.cached_tokens} of {one.usage.get('prompt_tokens', 0)} tokens kept"
+    return f"{one.ask.kind}, {model}, {kept}: after {same} characters {here} under load, {there} alone{told}"
