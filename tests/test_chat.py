@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -127,6 +128,41 @@ def test_what_cannot_be_done_is_said_and_costs_its_line_alone(line: str, message
     chat.talk(lambda prompt: next(lines))
     assert "lazyllm: " in noted(chat)
     assert len(chat.chat.turns) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_memory_that_runs_out_costs_its_turn_alone(monkeypatch, error: Exception):
+    chat = opened()
+    chat.take("w1 ?")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(chat.chat._pipe, "reply", fail)
+    chat.talk(script("w2 ?", None))
+    assert "lazyllm: there is not enough memory for this turn" in noted(chat)
+    assert len(chat.chat.turns) == 1
+    monkeypatch.undo()
+    chat.take("w2 ?")
+    assert len(chat.chat.turns) == 2
+
+
+def test_other_faults_of_the_program_are_not_hidden(monkeypatch):
+    chat = opened()
+
+    def fail(*_, **__):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(chat.chat._pipe, "reply", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        chat.talk(script("w2 ?", None))
 
 
 def test_text_that_is_no_unicode_is_asked_all_the_same():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -196,6 +197,10 @@ class Chat:
         try:
             stream = self.chat.stream(text, callbacks=[line], **self._options)
             self._show(stream, line)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise InputError("there is not enough memory for this turn; the conversation is as it was") from error
         finally:
             line.stop()
         if len(self.chat.turns) > turns:
@@ -273,6 +278,11 @@ class Chat:
     def _help(self, argument: str) -> None:
         for name, (arguments, said) in COMMANDS.items():
             self._note(f"/{name} {arguments}".ljust(14) + said)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be had: torch has a kind of its own on accelerators alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _count(number: int, what: str) -> str:
