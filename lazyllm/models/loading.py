@@ -71,7 +71,8 @@ def load_model(
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     maker = AutoModelForCausalLM if gguf_file else _maker(source, options)
     model = maker.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+    trusted = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
+    tokenizer = AutoTokenizer.from_pretrained(source, **extra, **trusted)
     model.eval()
     if kind is not None:
         quantize(model, kind)
