@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -16,7 +16,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from lazyllm.clusters import connected, first_line
+from lazyllm.clusters import connected, last_line
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
 from lazyllm.pipeline import LazyPipeline
@@ -117,9 +117,7 @@ def _check_room(cluster: Cluster) -> None:
             )
 
 
-def _application(
-    source: ModelSource, configs: Mapping[str, LazyConfig], limits: EngineLimits, cluster: Cluster
-) -> Any:
+def _application(source: ModelSource, configs: Mapping[str, LazyConfig], limits: EngineLimits, cluster: Cluster) -> Any:
     """The replicas, as Ray Serve deploys them."""
     deployment = serve.deployment(
         Replica,
@@ -141,15 +139,25 @@ def _application(
 
 @contextmanager
 def _deployed(application: Any) -> Iterator[DeploymentHandle[Any]]:
-    """A running application; Ray Serve itself ends with it where it has no other."""
+    """A running application, which ends with the context; so does Ray Serve where it has no other."""
     name = f"lazyllm-{uuid4().hex[:8]}"
+    serve.start(proxy_location="Disabled")
     try:
-        serve.start(proxy_location="Disabled")
-        try:
-            yield serve.run(application, name=name, route_prefix=None)
-        finally:
+        yield _started(application, name)
+    finally:
+        with suppress(RayError, RayServeException):  # the cluster may be gone
             serve.delete(name)
             if not serve.status().applications:
                 serve.shutdown()
+
+
+def _started(application: Any, name: str) -> DeploymentHandle[Any]:
+    """Deploys an application, and waits until it runs.
+
+    Raises:
+        InputError: when it does not come to run.
+    """
+    try:
+        return serve.run(application, name=name, route_prefix=None)
     except (RuntimeError, RayError, RayServeException) as error:
-        raise InputError(f"the replicas do not run: {first_line(error)}") from error
+        raise InputError(f"the replicas do not start: {last_line(error)}") from None
