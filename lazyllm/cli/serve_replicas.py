@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError, unknown
 from lazyllm.extras import needed
 from lazyllm.models.loading import dtype_named
-from lazyllm.serving.engine import EngineLimits
 
 if TYPE_CHECKING:
+    from lazyllm.serving.engine import EngineLimits
     from lazyllm.serving.replicas import RemoteEngine
 
 DEVICES = ("cpu", "cuda")
@@ -56,7 +57,8 @@ def engine_on_ray(
     _log_as_the_server_does()
     kind = dtype if dtype == "auto" else dtype_named(dtype)
     options = {"dtype": kind, "weights": weights, "trust_remote_code": trust_remote_code}
-    source = ModelSource(model, device, gguf_file, options)
+    place = str(Path(model).resolve()) if Path(model).exists() else model  # replicas run elsewhere
+    source = ModelSource(place, device, gguf_file, options)
     cluster = Cluster(replicas, address or HERE, cpus, gpus=float(device == "cuda"))
     return replicated(source, configs, limits, cluster)
 

@@ -15,8 +15,9 @@ from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from transformers import PreTrainedTokenizerBase
 
-from lazyllm.clusters import connected, last_line
+from lazyllm.clusters import connected, first_line, last_line
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
 from lazyllm.pipeline import LazyPipeline
@@ -79,7 +80,7 @@ def replicated(
     Raises:
         InputError: when there is no such cluster, it has not what they need, or they do not start.
     """
-    tokenizer = source.tokenizer()
+    tokenizer = _tokenizer(source)
     recipes = {name: LazyPipeline.from_config(config, None, tokenizer) for name, config in configs.items()}
     with _joined(cluster), _deployed(_application(source, configs, limits, cluster)) as handle:
         engine = RemoteEngine(handle, recipes, limits, handle.words.remote().result())
@@ -87,6 +88,20 @@ def replicated(
             yield engine
         finally:
             engine.close(timeout=0)
+
+
+def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer, for this process.
+
+    Raises:
+        InputError: whatever keeps it from loading.
+    """
+    try:
+        return source.tokenizer()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot load the tokenizer of {source.path!r}: {first_line(error)}") from None
 
 
 @contextmanager

@@ -47,8 +47,8 @@ class RemoteTicket:
 class RemoteEngine:
     """Has the face of `Engine`; its events come from a thread of its own.
 
-    A job whose replica is lost before it said anything is done by another one. Later it ends with `ReplicaLost`: another
-    replica might not go on with the same words.
+    A job whose replica is lost before it said anything is done by another one. Later it ends with `ReplicaLost`:
+    another replica might not go on with the same words.
 
     Args:
         handle: of the deployment of `Replica`.
