@@ -8,19 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-ray = pytest.importorskip("ray.serve")
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 
-from ray.exceptions import ActorDiedError, RayTaskError  # noqa: E402
-from ray.serve.exceptions import BackPressureError  # noqa: E402
-
-from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, ReplicaLost  # noqa: E402
-from lazyllm.prompts import EncodedPrompt, PromptMarks  # noqa: E402
-from lazyllm.serving.engine import EngineLimits, EngineStats  # noqa: E402
-from lazyllm.serving.jobs import Delta, Job, JobEnd, JobFailed, Usage  # noqa: E402
-from lazyllm.serving.replicas import remote  # noqa: E402
-from lazyllm.serving.replicas.remote import RemoteEngine, total  # noqa: E402
-from lazyllm.serving.replicas.routing import BLOCK_TOKENS, Memory, PrefixRouter, beginnings  # noqa: E402
-from tests.jobs import PATIENCE, Listener  # noqa: E402
+from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, ReplicaLost
+from lazyllm.prompts import EncodedPrompt, PromptMarks
+from lazyllm.serving.engine import EngineLimits, EngineStats
+from lazyllm.serving.jobs import Delta, Job, JobEnd, Usage
+from lazyllm.serving.replicas import remote
+from lazyllm.serving.replicas.remote import RemoteEngine, total
+from lazyllm.serving.replicas.routing import BLOCK_TOKENS, Memory, PrefixRouter, beginnings
+from tests.jobs import PATIENCE, Listener
 
 IDS = st.lists(st.integers(0, 3), max_size=5 * BLOCK_TOKENS)
 END = JobEnd(Usage(1, 0, 1, 1.0, 0, 0.0, 0.0, 0.0))
