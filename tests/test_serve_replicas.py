@@ -1,12 +1,13 @@
 """Replicas on a real Ray cluster of two nodes, behind one server."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from urllib.request import Request, urlopen
 
-import httpx
 import psutil
 import pytest
 import ray
@@ -226,8 +227,10 @@ def test_the_command_ends_all_it_began(folder):
         assert len(replica_pids(server.pid)) == 2
         address = line.split(" at ")[1].split()[0]
         name = line.split()[0]
-        told = httpx.post(f"{address}{CHATS}", json=CHAT | {"model": name}, timeout=PATIENCE)
-        assert told.json()["usage"]["completion_tokens"] == 5
+        body = json.dumps(CHAT | {"model": name}).encode()
+        asked = Request(f"{address}{CHATS}", body, {"Content-Type": "application/json"})
+        with urlopen(asked, timeout=PATIENCE) as told:
+            assert json.load(told)["usage"]["completion_tokens"] == 5
         server.send_signal(signal.SIGTERM)
         assert server.wait(PATIENCE) == 0
         logged = server.stderr.read().splitlines()
