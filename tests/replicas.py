@@ -7,13 +7,14 @@ from typing import Any
 
 import psutil
 
-from lazyllm import LazyConfig, LazyPipeline, Stages, Uniform
+from lazyllm import DenseCache, LazyConfig, LazyPipeline, Stages, Uniform
+from lazyllm.models.loading import load_model
 from lazyllm.serving.engine import Engine, EngineLimits
 from tests.talks import PRUNING, tokenizer
 from tests.tiny import random_ids, tiny_model
 
 POSITIONS = 2**16
-CONFIGS = {"aux": LazyConfig(**PRUNING), "dense": LazyConfig(scorer=Uniform(), schedule=Stages({}), cache="DenseCache")}
+CONFIGS = {"aux": LazyConfig(**PRUNING), "dense": LazyConfig(scorer=Uniform(), schedule=Stages({}), cache=DenseCache())}
 LIMITS = EngineLimits(running=4, waiting=2)
 TITLE = "ray::ServeReplica"
 
@@ -33,8 +34,6 @@ def _change(path: Path, **fields: Any) -> None:
 
 def engine_here(folder: Path) -> Engine:
     """One engine in this process, as each replica has it."""
-    from lazyllm.models.loading import load_model
-
     loaded = load_model(folder)
     return Engine({name: LazyPipeline.from_config(config, *loaded) for name, config in CONFIGS.items()}, LIMITS)
 

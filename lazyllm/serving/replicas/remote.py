@@ -23,6 +23,7 @@ from lazyllm.prompts import EncodedPrompt, Prompt
 from lazyllm.serving.engine import EngineLimits, EngineStats
 from lazyllm.serving.jobs import Event, Job, JobFailed
 from lazyllm.serving.replicas.replica import LAST, Order
+from lazyllm.serving.replies import LOG
 
 REPLICAS_TRIED = 3
 """How many replicas a job may lose before it is taken to be the reason."""
@@ -199,8 +200,12 @@ class RemoteEngine:
     async def _watch(self) -> None:
         """Asks the replicas what they do, from time to time."""
         while True:
-            with suppress(TimeoutError):  # they are busy
+            try:
                 await self._look()
+            except TimeoutError:
+                pass  # they are busy: what they said last stands
+            except Exception:
+                LOG.exception("the replicas could not be asked what they do")
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _look(self) -> None:
