@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import fields
 from typing import Any
 
@@ -31,7 +31,12 @@ RETRY_SECONDS = 0.2
 """How long a job waits before it is sent to another replica."""
 WATCH_SECONDS = 2.0
 """How old `stats` and `is_open` may be."""
+NUMBERS = tuple(one.name for one in fields(EngineStats) if one.name != "jobs")
 NO_DOCUMENTS = "replicas keep no documents; put the text at the start of the prompt, which its replica finds again"
+
+
+class _Lost(Exception):
+    """A replica is gone."""
 
 
 class RemoteTicket:
@@ -165,37 +170,49 @@ class RemoteEngine:
             deliver(JobFailed(error))
 
     async def _run(self, order: Order, deliver: Callable[[Event], None]) -> None:
+        begun = False
         for _ in range(REPLICAS_TRIED):
-            if await self._told(order, deliver):
+            try:
+                async with aclosing(self._said(order)) as said:
+                    async for event in said:
+                        begun = True
+                        deliver(event)
                 return
+            except _Lost as lost:
+                if begun:
+                    raise ReplicaLost("the replica that did the job is gone; try again") from lost
             await asyncio.sleep(RETRY_SECONDS)
         raise ReplicaLost(f"{REPLICAS_TRIED} replicas were lost, one after the other, while they began with the job")
 
-    async def _told(self, order: Order, deliver: Callable[[Event], None]) -> bool:
-        """Whether a replica did a job to its end; one that was lost before it said anything did not."""
-        said, lost = False, None
+    async def _said(self, order: Order) -> AsyncGenerator[Event, None]:
+        """What a replica says of a job, to its end; when nobody listens any more, the replica hears of it.
+
+        Raises:
+            QueueFull: when all replicas have as many jobs as they may.
+            _Lost: when the replica is gone.
+        """
         stream = self._handle.options(stream=True).run.remote(order)
+        ended = False
         try:
             async for event in stream:
-                said = True
-                deliver(event)
-                if isinstance(event, LAST):
-                    return True
+                ended = isinstance(event, LAST)
+                yield event
         except BackPressureError as error:
             raise QueueFull("all replicas have as many jobs as they may; try again later", 1.0) from error
         except RayTaskError:
-            raise  # what a replica raised, which another one would raise as well
+            raise  # what a replica raised, as another one would
         except (RayError, RayServeException) as error:
-            lost = error
+            raise _Lost from error
         except asyncio.CancelledError as error:  # of this job here, or of the replica's when it is ended
             if _is_given_up():
-                with suppress(RayError, RayServeException):
-                    stream.cancel()
                 raise
-            lost = error
-        if said:
-            raise ReplicaLost("the replica that did the job is gone; try again") from lost
-        return False
+            raise _Lost from error
+        finally:
+            if not ended:
+                with suppress(Exception):  # as well as may be: the replica may be gone
+                    stream.cancel()
+        if not ended:
+            raise _Lost
 
     async def _watch(self) -> None:
         """Asks the replicas what they do, from time to time."""
@@ -226,9 +243,6 @@ def total(stats: Iterable[EngineStats]) -> EngineStats:
         numbers.update({name: getattr(one, name) for name in NUMBERS})
         jobs.update(one.jobs)
     return EngineStats(jobs=dict(jobs), **{name: numbers[name] for name in NUMBERS})
-
-
-NUMBERS = tuple(one.name for one in fields(EngineStats) if one.name != "jobs")
 
 
 def _is_given_up() -> bool:
