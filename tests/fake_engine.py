@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from lazyllm import LazyPipeline
+from lazyllm import DropCache, LastTokenAttention, LazyPipeline, Stages
 from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, TooLong
 from lazyllm.serving.engine import EngineLimits, EngineStats
 from lazyllm.serving.jobs import Delta, Depths, DocumentLoaded, Event, Job, JobEnd, JobFailed, Logprob, ReplyEnd, Usage
@@ -28,7 +28,7 @@ def pipelines() -> dict[str, LazyPipeline]:
     return {
         "aux": pipeline(),
         "dense": LazyPipeline.from_preset("dense", tiny_model(), tokenizer()),
-        "drop": LazyPipeline.from_preset("static-pruning", tiny_model(), tokenizer()),
+        "drop": pipeline(scorer=LastTokenAttention(), schedule=Stages({2: 0.4}), cache=DropCache()),
     }
 
 

@@ -81,7 +81,6 @@ def serve(
         request_seconds=request_timeout,
     )
     limits = EngineLimits(max_running, max_waiting, piece, prefix_bytes, document_bytes)
-    log_to_stderr(log_level)
     with listen(host, port) as listener, ExitStack() as held:
         source = str(packaged_model()) if model == PACKAGED else model
         engine: Any
@@ -103,6 +102,7 @@ def serve(
         def announce() -> None:
             typer.echo(f"{settings.name} answers at {address} under {', '.join(configs)}; Ctrl-C ends it")
 
+        log_to_stderr(log_level)
         run_server(Server(engine, settings, drain_seconds=drain, on_start=announce), listener)
 
 

@@ -54,17 +54,10 @@ def engine_on_ray(
 
     if device not in DEVICES:
         raise InputError(unknown("device of replicas", device, DEVICES))
-    _log_as_the_server_does()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # until the server logs for it
     kind = dtype if dtype == "auto" else dtype_named(dtype)
     options = {"dtype": kind, "weights": weights, "trust_remote_code": trust_remote_code}
     place = str(Path(model).resolve()) if Path(model).exists() else model  # replicas run elsewhere
     source = ModelSource(place, device, gguf_file, options)
     cluster = Cluster(replicas, address or HERE, cpus, gpus=float(device == "cuda"))
     return replicated(source, configs, limits, cluster)
-
-
-def _log_as_the_server_does() -> None:
-    """Has Ray's warnings come as lines of the server's log."""
-    log = logging.getLogger("ray.serve")
-    log.handlers, log.propagate = list(logging.getLogger("lazyllm.serving").handlers), False
-    log.setLevel(logging.WARNING)

@@ -60,9 +60,9 @@ def client_gone() -> ApiError:
     return ApiError(CLIENT_GONE, "the client went away", code="client_gone")
 
 
-def too_slow(reader: str) -> ApiError:
-    """A stream whose client reads too slowly."""
-    return ApiError(CLIENT_GONE, f"the client reads too slowly: {reader}", code="reader_too_slow")
+def reader_too_slow() -> ApiError:
+    """A stream whose client does not keep up with it."""
+    return ApiError(CLIENT_GONE, "the client reads too slowly", code="reader_too_slow")
 
 
 def timed_out(seconds: float) -> ApiError:

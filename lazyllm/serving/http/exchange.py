@@ -12,7 +12,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from lazyllm.serving.http.errors import CLIENT_GONE, Json, as_api_error, client_gone, timed_out, too_slow
+from lazyllm.serving.http.errors import CLIENT_GONE, Json, as_api_error, client_gone, reader_too_slow, timed_out
 from lazyllm.serving.http.jobs import RequestJobs
 from lazyllm.serving.http.record import Record
 from lazyllm.serving.http.service import Service
@@ -126,7 +126,7 @@ async def while_wanted(work: Awaitable[None], *, receive: Receive, lagging: asyn
     elif leaving in done:
         raise client_gone()
     elif lag in done:
-        raise too_slow("too many events of the stream wait")
+        raise reader_too_slow()
     else:
         raise TimeoutError
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hmac import compare_digest
+from urllib.parse import urlsplit
 
-from starlette.datastructures import URL, Headers
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lazyllm.serving.http.errors import ApiError
@@ -28,12 +29,12 @@ class Gate:
         await (self._app if refused is None else refused.response)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        host = (URL(scope=scope).hostname or "").lower()
-        if self._hosts and host not in self._hosts:
-            return ApiError(403, f"this server is not called {host!r}", code="host_not_allowed")
+        headers = Headers(scope=scope)
+        if self._hosts and _host_in(headers.get("host", "")) not in self._hosts:
+            return ApiError(403, f"this server is not called {headers.get('host')!r}", code="host_not_allowed")
         if not self._keys or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
             return None
-        if self._knows(Headers(scope=scope).get("authorization", "")):
+        if self._knows(headers.get("authorization", "")):
             return None
         message = "a key is needed, and this is none: send the header Authorization: Bearer KEY"
         challenge = {"WWW-Authenticate": "Bearer"}
@@ -42,6 +43,14 @@ class Gate:
     def _knows(self, authorization: str) -> bool:
         """Whether the header has one of the keys; how long that takes does not tell how much of it is right."""
         scheme, _, key = authorization.partition(" ")
-        given = key.strip().encode()
+        given = key.strip(" ").encode("latin-1")  # the bytes that were sent
         found = [compare_digest(given, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(found)
+
+
+def _host_in(header: str) -> str:
+    """The name in a header `Host`, without port and brackets; "" for none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""

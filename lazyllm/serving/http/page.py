@@ -27,11 +27,14 @@ def page_router() -> APIRouter:
     files = {path.name: path.read_bytes() for path in sorted(FOLDER.glob("*.*"))}
     router = APIRouter(include_in_schema=False)
 
-    async def file(name: str = START) -> Response:
+    async def start() -> Response:
+        return await file(START)
+
+    async def file(name: str) -> Response:
         if name not in files:
             raise ApiError(404, unknown("file", name, files), code="not_found")
         return Response(files[name], media_type=guess_type(name)[0], headers=HEADERS)
 
-    router.add_api_route("/", file)
+    router.add_api_route("/", start)
     router.add_api_route("/page/{name}", file)
     return router
