@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +76,11 @@ class Replica:
     async def run(self, order: Order) -> AsyncIterator[Event]:
         """What comes of a job; it is given up when nobody asks for more."""
         events: asyncio.Queue[Event] = asyncio.Queue()
-        deliver = partial(asyncio.get_running_loop().call_soon_threadsafe, events.put_nowait)
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
         try:
             ticket = self._engine.submit(order.job, deliver)
         except LazyLLMError as error:
