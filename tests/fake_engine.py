@@ -18,7 +18,7 @@ from tests.talks import pipeline, tokenizer
 from tests.tiny import VOCABULARY, tiny_model
 
 WORDS = ("one ", "two ", "three")
-PATIENCE = 20
+PATIENCE = 60
 """Seconds after which a test takes it that nothing comes any more."""
 
 

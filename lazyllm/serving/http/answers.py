@@ -76,8 +76,8 @@ def _streamed(asked: Asked) -> Work:
         prepared = await _submitted(asked, jobs)
         async for number, event in _said(jobs, record, asked.body.replies):
             if not outlet.started:
-                for chunk in _openings(asked, prepared):
-                    await outlet.event(chunk)
+                for opening in _openings(asked, prepared):
+                    await outlet.event(opening)
             if (chunk := _chunk(asked, number, event)) is not None:
                 await outlet.event(chunk)
         if asked.body.wants_usage:

@@ -54,7 +54,7 @@ class LimitedRequest(Request):
             ApiError: when it is no such JSON.
         """
         try:
-            return from_json(await self.body(), allow_inf_nan=False, cache_mode="none")
+            return from_json(await self.body(), allow_inf_nan=False, cache_strings="none")
         except ValueError as error:
             raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
