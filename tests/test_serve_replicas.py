@@ -30,7 +30,7 @@ from tests.replicas import (
 )
 from tests.servers import CHATS, DOCUMENTS, client_of
 
-PATIENCE = 60
+PATIENCE = 120
 LONG = 20_000
 """Tokens of a reply that would take minutes."""
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "w1 w2 ?"}], "temperature": 0, "max_tokens": 5}
@@ -214,26 +214,31 @@ def test_more_replicas_than_the_cluster_has_room_for_are_refused(folder, nodes):
         pass
 
 
-def test_the_command_ends_all_it_began(folder):
+@pytest.fixture
+def server(folder):
+    """The command, from its first line on."""
     command = [sys.executable, "-m", "lazyllm", "serve", "--model", str(folder), "--port", "0", "--preset", "dense"]
     with subprocess.Popen(
         [*command, "--replicas", "2", "--replica-cpus", "0.5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    ) as server:
-        line = server.stdout.readline()
-        began = descendants(server.pid)
-        assert len(replica_pids(server.pid)) == 2
-        address = line.split(" at ")[1].split()[0]
-        name = line.split()[0]
-        body = json.dumps(CHAT | {"model": name}).encode()
-        asked = Request(f"{address}{CHATS}", body, {"Content-Type": "application/json"})
-        with urlopen(asked, timeout=PATIENCE) as told:
-            assert json.load(told)["usage"]["completion_tokens"] == 5
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(PATIENCE) == 0
-        logged = server.stderr.read().splitlines()
-    psutil.wait_procs(began, timeout=10)
+    ) as process:
+        yield process
+        process.kill()
+
+
+def test_the_command_ends_all_it_began(server):
+    line = server.stdout.readline()
+    began = descendants(server.pid)
+    assert len(replica_pids(server.pid)) == 2
+    name, address = line.split()[0], line.split(" at ")[1].split()[0]
+    asked = Request(f"{address}{CHATS}", json.dumps(CHAT | {"model": name}).encode())
+    asked.add_header("Content-Type", "application/json")
+    with urlopen(asked, timeout=PATIENCE) as told:
+        assert json.load(told)["usage"]["completion_tokens"] == 5
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(PATIENCE) == 0
+    psutil.wait_procs(began, timeout=PATIENCE)
     assert list(alive(began)) == []
-    assert all(one.startswith("{") for one in logged)
+    assert all(line.startswith("{") for line in server.stderr.read().splitlines())
