@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError
 
 from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, ReplicaLost
 from lazyllm.prompts import EncodedPrompt, PromptMarks
@@ -20,6 +19,7 @@ from lazyllm.serving.replicas.routing import BLOCK_TOKENS, Memory, PrefixRouter,
 from tests.jobs import PATIENCE, Listener
 
 IDS = st.lists(st.integers(0, 3), max_size=5 * BLOCK_TOKENS)
+ASKED = Job(EncodedPrompt([1, 2, 3], PromptMarks()))
 END = JobEnd(Usage(1, 0, 1, 1.0, 0, 0.0, 0.0, 0.0))
 
 
@@ -155,8 +155,8 @@ def engine_on(monkeypatch):
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.0)
     made = []
 
-    def make(*streams, **options):
-        made.append(RemoteEngine(Handle(*streams, **options), {}, EngineLimits(), 96))
+    def make(*streams, room=9, **options):
+        made.append(RemoteEngine(Handle(*streams, **options), {}, EngineLimits(), room=room, words=96))
         return made[-1]
 
     yield make
@@ -166,7 +166,7 @@ def engine_on(monkeypatch):
 
 def heard(engine):
     listener = Listener()
-    engine.submit(Job(EncodedPrompt([1, 2, 3], PromptMarks())), listener)
+    engine.submit(ASKED, listener)
     return listener
 
 
@@ -208,15 +208,21 @@ def test_what_a_replica_fails_on_is_not_tried_again(engine_on):
 
 
 def test_replicas_that_are_full_refuse(engine_on):
-    refused = heard(engine_on([BackPressureError(9, 9)])).wait().error
-    assert isinstance(refused, QueueFull)
-    assert refused.retry_seconds > 0
+    engine = engine_on(["wait"], [END], room=1)
+    listener = Listener()
+    ticket = engine.submit(ASKED, listener)
+    with pytest.raises(QueueFull, match="have 1 jobs") as refused:
+        heard(engine)
+    assert refused.value.retry_seconds > 0
+    ticket.cancel()
+    listener.wait()
+    assert isinstance(heard(engine).wait(), JobEnd)
 
 
 def test_giving_up_reaches_the_replica(engine_on):
     engine = engine_on([Delta(0, "half "), "wait"])
     listener = Listener()
-    ticket = engine.submit(Job(EncodedPrompt([1], PromptMarks())), listener)
+    ticket = engine.submit(ASKED, listener)
     listener.wait(Delta)
     ticket.cancel()
     assert isinstance(listener.wait().error, Cancelled)

@@ -83,7 +83,8 @@ def replicated(
     tokenizer = _tokenizer(source)
     recipes = {name: LazyPipeline.from_config(config, None, tokenizer) for name, config in configs.items()}
     with _joined(cluster), _deployed(_application(source, configs, limits, cluster)) as handle:
-        engine = RemoteEngine(handle, recipes, limits, handle.words.remote().result())
+        room = cluster.replicas * _most_jobs(limits)
+        engine = RemoteEngine(handle, recipes, limits, room=room, words=handle.words.remote().result())
         try:
             yield engine
         finally:
@@ -138,8 +139,7 @@ def _application(source: ModelSource, configs: Mapping[str, LazyConfig], limits:
         Replica,
         name="replica",
         num_replicas=cluster.replicas,
-        max_ongoing_requests=limits.running + limits.waiting,
-        max_queued_requests=max(1, limits.waiting),
+        max_ongoing_requests=_most_jobs(limits),
         ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixRouter, request_router_kwargs={"running": limits.running}
@@ -150,6 +150,11 @@ def _application(source: ModelSource, configs: Mapping[str, LazyConfig], limits:
         max_constructor_retry_count=START_TRIES,
     )
     return deployment.bind(source, dict(configs), limits)
+
+
+def _most_jobs(limits: EngineLimits) -> int:
+    """How many jobs a replica has at most: those that run, of one reply each, and those that wait."""
+    return limits.running + limits.waiting
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from lazyllm.contexts.documents import Document
@@ -60,6 +60,7 @@ class RemoteEngine:
         handle: of the deployment of `Replica`.
         recipes: by name, the pipelines with a tokenizer and no model; the first is the default.
         limits: of each replica.
+        room: most jobs that they have at once, all together; a further one is refused.
         words: how many tokens the model knows.
     """
 
@@ -68,9 +69,11 @@ class RemoteEngine:
         handle: DeploymentHandle[Any],
         recipes: Mapping[str, LazyPipeline],
         limits: EngineLimits,
+        *,
+        room: int,
         words: int,
     ) -> None:
-        self.limits, self.words = limits, words
+        self.limits, self.words, self._room = limits, words, room
         self._handle, self._recipes = handle, dict(recipes)
         self._encoding, self._taking = threading.Lock(), threading.Lock()
         self._open: set[Future[None]] = set()
@@ -132,11 +135,14 @@ class RemoteEngine:
         """Sends a job to a replica; may be called by any thread. What the replica refuses comes as `JobFailed`.
 
         Raises:
+            QueueFull: when the replicas have as many jobs as they may.
             Closed: when the engine is closed, or closing.
         """
         with self._taking:
             if self._closed:
                 raise Closed("the engine takes no more jobs")
+            if len(self._open) >= self._room:
+                raise QueueFull(f"the replicas have {self._room} jobs, as many as they may; try again later", 1.0)
             following = asyncio.run_coroutine_threadsafe(self._follow(job, deliver), self._loop)
             self._open.add(following)
         following.add_done_callback(self._open.discard)
@@ -188,7 +194,6 @@ class RemoteEngine:
         """What a replica says of a job, to its end; when nobody listens any more, the replica hears of it.
 
         Raises:
-            QueueFull: when all replicas have as many jobs as they may.
             _Lost: when the replica is gone.
         """
         stream = self._handle.options(stream=True).run.remote(order)
@@ -197,8 +202,6 @@ class RemoteEngine:
             async for event in stream:
                 ended = isinstance(event, LAST)
                 yield event
-        except BackPressureError as error:
-            raise QueueFull("all replicas have as many jobs as they may; try again later", 1.0) from error
         except RayTaskError:
             raise  # what a replica raised, as another one would
         except (RayError, RayServeException) as error:
