@@ -147,10 +147,13 @@ def test_what_a_replica_refuses_is_told_as_it_is(settled):
 
 
 def test_replicas_that_have_as_many_jobs_as_they_may_refuse_more(settled):
-    listeners = [Listener() for _ in range(12)]
-    tickets = [settled.submit(job(settled.encode(ids(20, 1)), LONG, replies=4), listener) for listener in listeners]
-    soon(lambda: sum(listener.done for listener in listeners) >= 12 - 2 * (1 + LIMITS.waiting))
-    assert {type(failed.error) for one in listeners for failed in one.of(JobFailed)} == {QueueFull}
+    encoded, room = settled.encode(ids(20, 1)), 2 * (LIMITS.running + LIMITS.waiting)
+    tickets = [settled.submit(job(encoded, LONG, replies=4), Listener()) for _ in range(room)]
+    with pytest.raises(QueueFull, match=f"the replicas have {room} jobs"):
+        settled.submit(job(encoded), Listener())
+    soon(lambda: [(one.running, one.waiting) for one in counts(settled)] == [(4, 5)] * 2)
+    refused = client_of(settled).post(CHATS, json=CHAT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     for ticket in tickets:
         ticket.cancel()
 

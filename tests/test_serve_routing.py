@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -65,8 +66,8 @@ class Router(PrefixRouter):
     def replica_queue_len_cache(self):
         return self.jobs
 
-    def order(self, blocks):
-        request = asked(blocks)
+    def order(self, blocks=(), request=None):
+        request = request or asked(blocks)
         ranks = asyncio.run(self.choose_replicas([SimpleNamespace(replica_id=one) for one in self.jobs], request))
         assert request.routing_context.should_backoff
         return [replica.replica_id for (replica,) in ranks]
@@ -74,7 +75,7 @@ class Router(PrefixRouter):
 
 def asked(blocks):
     args = [SimpleNamespace(beginnings=tuple(blocks))]
-    return SimpleNamespace(args=args, routing_context=SimpleNamespace(should_backoff=False))
+    return SimpleNamespace(args=args, future=Future(), routing_context=SimpleNamespace(should_backoff=False))
 
 
 def test_the_replica_with_the_fewest_jobs_is_the_first():
@@ -95,9 +96,25 @@ def test_who_knows_a_quarter_of_it_may_have_a_quarter_of_that(jobs, first):
     assert router.order(range(4))[0] == first
 
 
+def test_a_burst_is_spread_though_none_of_it_has_arrived():
+    router, burst = Router({"a": 0, "b": 0}), [asked([]) for _ in range(4)]
+    firsts = [router.order(request=one)[0] for one in burst]
+    assert sorted(firsts) == ["a", "a", "b", "b"]
+    assert firsts[0] != firsts[1]
+
+
+def test_what_was_cancelled_or_has_arrived_is_not_on_its_way():
+    router, requests = Router({"a": 0, "b": 1}), [asked([]) for _ in range(3)]
+    assert [router.order(request=one)[0] for one in requests[:1]] == ["a"]
+    requests[0].future.cancel()
+    assert router.order(request=requests[1])[0] == "a"
+    router.on_request_routed(requests[1], "a", None)
+    assert router.order(request=requests[2])[0] == "a"
+
+
 def test_what_asks_for_no_prompt_goes_anywhere():
     router = Router({"a": 1, "b": 0})
-    request = SimpleNamespace(args=[], routing_context=SimpleNamespace(should_backoff=False))
+    request = SimpleNamespace(args=[], future=Future(), routing_context=SimpleNamespace(should_backoff=False))
     router.on_request_routed(request, "a", None)
     ranks = asyncio.run(router.choose_replicas([SimpleNamespace(replica_id=one) for one in "ab"], request))
     assert [replica.replica_id for (replica,) in ranks] == ["b", "a"]

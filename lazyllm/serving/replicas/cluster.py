@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 from uuid import uuid4
@@ -82,7 +82,8 @@ def replicated(
     """
     tokenizer = _tokenizer(source)
     recipes = {name: LazyPipeline.from_config(config, None, tokenizer) for name, config in configs.items()}
-    with _joined(cluster), _deployed(_application(source, configs, limits, cluster)) as handle:
+    application = _application(source, configs, limits, cluster)
+    with _joined(cluster), _deployed(application, cluster.address) as handle:
         room = cluster.replicas * _most_jobs(limits)
         engine = RemoteEngine(handle, recipes, limits, room=room, words=handle.words.remote().result())
         try:
@@ -149,7 +150,8 @@ def _application(source: ModelSource, configs: Mapping[str, LazyConfig], limits:
         graceful_shutdown_timeout_s=1.0,  # the server has let jobs come to their end before
         max_constructor_retry_count=START_TRIES,
     )
-    return deployment.bind(source, dict(configs), limits)
+    # the server refuses what there is no room for; a replica takes what it is sent
+    return deployment.bind(source, dict(configs), replace(limits, waiting=_most_jobs(limits)))
 
 
 def _most_jobs(limits: EngineLimits) -> int:
@@ -158,17 +160,23 @@ def _most_jobs(limits: EngineLimits) -> int:
 
 
 @contextmanager
-def _deployed(application: Any) -> Iterator[DeploymentHandle[Any]]:
-    """A running application, which ends with the context; so does Ray Serve where it has no other."""
+def _deployed(application: Any, address: str) -> Iterator[DeploymentHandle[Any]]:
+    """A running application, which ends with the context, or with the cluster where that does."""
     name = f"lazyllm-{uuid4().hex[:8]}"
     serve.start(proxy_location="Disabled")
     try:
         yield _started(application, name)
     finally:
-        with suppress(RayError, RayServeException):  # the cluster may be gone
-            serve.delete(name)
-            if not serve.status().applications:
-                serve.shutdown()
+        if address != HERE:
+            _end(name)
+
+
+def _end(name: str) -> None:
+    """Ends an application, and Ray Serve itself where it has no other."""
+    with suppress(RayError, RayServeException):  # the cluster may be gone
+        serve.delete(name)
+        if not serve.status().applications:
+            serve.shutdown()
 
 
 def _started(application: Any, name: str) -> DeploymentHandle[Any]:

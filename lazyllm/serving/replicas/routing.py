@@ -6,9 +6,10 @@ Ray pickles a router by value, all of this module with it; so nothing else of la
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -62,16 +63,23 @@ class PrefixRouter(RequestRouter):
         """Takes what the deployment was configured with: `running`, how many replies a replica makes at once."""
         self._running: int = kwargs["running"]
         self._memories: dict[ReplicaID, Memory] = {}
+        self._chosen: WeakKeyDictionary[Any, ReplicaID] = WeakKeyDictionary()  # by future, of requests on their way
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """All replicas, the best first; the next one is asked when one has no room."""
-        if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # when all of them are full, wait
-        blocks = _blocks(pending_request)
+        blocks, coming = _blocks(pending_request), self._coming()
         shuffled = random.sample(candidate_replicas, len(candidate_replicas))
-        return [[one] for one in sorted(shuffled, key=lambda one: self._cost(one.replica_id, blocks))]
+        ranked = sorted(shuffled, key=lambda one: coming[one.replica_id] + self._cost(one.replica_id, blocks))
+        if pending_request is not None and ranked:
+            pending_request.routing_context.should_backoff = True  # when all of them are full, wait
+            self._chosen[pending_request.future] = ranked[0].replica_id
+        return [[one] for one in ranked]
+
+    def _coming(self) -> Counter[ReplicaID]:
+        """Requests on their way to each replica, which do not count as its jobs before they have arrived."""
+        return Counter(replica for future, replica in self._chosen.items() if not future.cancelled())
 
     def _cost(self, replica: ReplicaID, blocks: Sequence[int]) -> float:
         jobs = self.replica_queue_len_cache.get(replica) or 0
@@ -80,6 +88,7 @@ class PrefixRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Remembers who has seen a prompt."""
+        self._chosen.pop(pending_request.future, None)
         if blocks := _blocks(pending_request):
             self._memories.setdefault(replica_id, Memory()).note(blocks)
 
