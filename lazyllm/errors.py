@@ -13,11 +13,14 @@
     └── ServingError           a job cannot be done now, or no more
         ├── QueueFull          as many jobs wait as may; try again later
         ├── Closed             the engine takes no more jobs
+        ├── ReplicaLost        the process that did it is gone
         └── Cancelled          the job was given up by whoever asked for it
 
 `ConfigError` and `InputError` are also `ValueError`, and `MissingExtra` is an `ImportError` too, so generic callers may
 catch these.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -78,9 +81,17 @@ class QueueFull(ServingError):
         super().__init__(message)
         self.retry_seconds = retry_seconds
 
+    def __reduce__(self) -> tuple[type[QueueFull], tuple[str, float]]:
+        """For its way between processes."""
+        return type(self), (str(self), self.retry_seconds)
+
 
 class Closed(ServingError):
     """The engine takes no more jobs."""
+
+
+class ReplicaLost(ServingError):
+    """The process that did the job is gone; it may be tried again."""
 
 
 class Cancelled(ServingError):

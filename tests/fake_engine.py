@@ -15,7 +15,7 @@ from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, TooLong
 from lazyllm.serving.engine import EngineLimits, EngineStats
 from lazyllm.serving.jobs import Delta, Depths, DocumentLoaded, Event, Job, JobEnd, JobFailed, Logprob, ReplyEnd, Usage
 from tests.talks import pipeline, tokenizer
-from tests.tiny import tiny_model
+from tests.tiny import VOCABULARY, tiny_model
 
 WORDS = ("one ", "two ", "three")
 PATIENCE = 60
@@ -116,6 +116,10 @@ class FakeEngine:
     @property
     def policies(self) -> tuple[str, ...]:
         return tuple(pipelines())
+
+    @property
+    def words(self) -> int:
+        return VOCABULARY
 
     def pipeline(self, policy: str | None = None) -> LazyPipeline:
         return pipelines()[policy or "aux"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lazyllm.ablation.models import PACKAGED
 from lazyllm.cli.console import device_of, errors_as_lines, load_or_refuse
+from lazyllm.cli.serve_replicas import engine_on_ray
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
 from lazyllm.evaluation.data import packaged_model, quiet_loading
@@ -52,6 +54,9 @@ def serve(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines, each a process with a model of its own, on Ray.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Address of the Ray cluster whose machines run the replicas.")] = None,
+    replica_cpus: Annotated[float, typer.Option(min=0, help="CPUs that a replica takes.")] = 1.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Least level of what is logged.")
     ] = "info",
@@ -65,7 +70,8 @@ def serve(
     from lazyllm.serving.http.settings import ServerSettings
 
     # what cannot be is refused before time is spent on a model
-    configs, place = named_configs(preset or ["recommended"]), device_of(device)
+    configs, on_ray = named_configs(preset or ["recommended"]), replicas > 1 or ray is not None
+    place = None if on_ray else device_of(device)
     settings = ServerSettings(
         name=model_name(model, gguf_file),
         keys=tuple(api_key or ()),
@@ -75,21 +81,29 @@ def serve(
         request_seconds=request_timeout,
     )
     limits = EngineLimits(max_running, max_waiting, piece, prefix_bytes, document_bytes)
-    with listen(host, port) as listener:
+    with listen(host, port) as listener, ExitStack() as held:
         source = str(packaged_model()) if model == PACKAGED else model
-        with quiet_loading():
-            loaded, tokenizer = load_or_refuse(
-                source, gguf_file, dtype, weights, device=place, trust_remote_code=trust_remote_code
-            )
-        pipelines = {name: LazyPipeline.from_config(config, loaded, tokenizer) for name, config in configs.items()}
+        engine: Any
+        if on_ray:
+            engine = held.enter_context(
+                engine_on_ray(
+                    source, configs, limits, replicas=replicas, address=ray, cpus=replica_cpus, device=device,
+                    gguf_file=gguf_file, dtype=dtype, weights=weights, trust_remote_code=trust_remote_code,
+                )
+            )  # fmt: skip
+        else:
+            with quiet_loading():
+                loaded = load_or_refuse(
+                    source, gguf_file, dtype, weights, device=place, trust_remote_code=trust_remote_code
+                )
+            engine = Engine({name: LazyPipeline.from_config(one, *loaded) for name, one in configs.items()}, limits)
         address = f"http://{_in_url(host)}:{listener.getsockname()[1]}"
 
         def announce() -> None:
             typer.echo(f"{settings.name} answers at {address} under {', '.join(configs)}; Ctrl-C ends it")
 
         log_to_stderr(log_level)
-        server = Server(Engine(pipelines, limits), settings, drain_seconds=drain, on_start=announce)
-        run_server(server, listener)
+        run_server(Server(engine, settings, drain_seconds=drain, on_start=announce), listener)
 
 
 def named_configs(presets: Sequence[str]) -> dict[str, LazyConfig]:

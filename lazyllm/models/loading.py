@@ -65,6 +65,35 @@ def load_model(
             that reads them.
     """
     kind = None if weights is None else weights_named(weights)
+    source, extra = _found(path_or_id, gguf_file)
+    if not extra:
+        options.setdefault("use_safetensors", True)
+    maker = AutoModelForCausalLM if extra else _maker(source, options)
+    model = maker.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
+    tokenizer = load_tokenizer(path_or_id, gguf_file=gguf_file, **options)
+    model.eval()
+    if kind is not None:
+        quantize(model, kind)
+    return model, tokenizer
+
+
+def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without the model; arguments as for `load_model`.
+
+    Raises:
+        InputError: when there is no such file.
+    """
+    source, extra = _found(path_or_id, gguf_file)
+    trusted = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
+    return AutoTokenizer.from_pretrained(source, **extra, **trusted)
+
+
+def _found(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, dict[str, str]]:
+    """Folder or repository of a model, and what names its GGUF file, if it is one.
+
+    Raises:
+        InputError: when there is no such file.
+    """
     path = Path(path_or_id)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -76,18 +105,7 @@ def load_model(
         needed("gguf", what="a GGUF file", extra="gguf")
     elif (path / ADAPTER).is_file():
         needed("peft", what="a folder of adapters", extra="adapters")
-    source = str(path_or_id)
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
-    if not gguf_file:
-        options.setdefault("use_safetensors", True)
-    maker = AutoModelForCausalLM if gguf_file else _maker(source, options)
-    model = maker.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
-    trusted = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
-    tokenizer = AutoTokenizer.from_pretrained(source, **extra, **trusted)
-    model.eval()
-    if kind is not None:
-        quantize(model, kind)
-    return model, tokenizer
+    return str(path_or_id), {"gguf_file": gguf_file} if gguf_file else {}
 
 
 def _maker(source: str, options: dict[str, Any]) -> Any:

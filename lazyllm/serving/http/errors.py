@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from lazyllm.errors import Closed, ConfigError, InputError, QueueFull, TooLong
+from lazyllm.errors import Closed, ConfigError, InputError, QueueFull, ReplicaLost, TooLong
 
 Json: TypeAlias = dict[str, Any]
 
@@ -80,6 +80,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=retry)
         case Closed():
             return ApiError(503, str(error), kind="service_unavailable_error", code="shutting_down")
+        case ReplicaLost():
+            return ApiError(503, str(error), kind="service_unavailable_error", code="replica_lost")
         case TooLong():
             return ApiError(400, str(error), code="context_length_exceeded")
         case InputError() | ConfigError():

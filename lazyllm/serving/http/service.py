@@ -34,7 +34,7 @@ class Service:
     @property
     def vocabulary(self) -> int:
         """How many tokens the model knows."""
-        return int(self.engine.pipeline().model.get_input_embeddings().num_embeddings)
+        return self.engine.words
 
 
 def service_of(request: Request) -> Service:
