@@ -767,6 +767,19 @@ def test_no_screen_need_scroll_sideways(browser, stub, width):
             assert page.locator(part).evaluate("part => part.scrollWidth <= part.clientWidth"), part
 
 
+@pytest.mark.parametrize("width", [360, 1400])
+def test_the_end_of_a_long_answer_stays_in_sight(browser, stub, width):
+    stub.says(answer(*(f"Line {number}.\n" for number in range(120))))
+    with visited(browser, stub, width=width) as page:
+        add(page, "The report.")
+        ask(page, "Why?")
+        ended(page)
+        facts, field = page.locator(".facts").bounding_box(), page.locator("#ask").bounding_box()
+        assert 0 < facts["y"] + facts["height"] <= field["y"] + 1
+        assert field["y"] + field["height"] <= 801
+        assert (page.locator("#texts").get_attribute("open") is None) == (width == 360)
+
+
 def test_it_wears_the_colours_of_the_other_pages():
     def colours(sheet: str) -> dict[str, str]:
         return dict(re.findall(r"(--[\w-]+): ([^;]+);", sheet))
