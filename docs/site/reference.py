@@ -60,7 +60,7 @@ def _classes(module: Module) -> Iterator[Class]:
 def _fields(cls: Class) -> Iterator[tuple[str, Attribute]]:
     """The annotated attributes of a class that are no class variables."""
     for name, member in cls.members.items():
-        if isinstance(member, Attribute) and member.annotation is not None and "instance-attribute" in member.labels:
+        if isinstance(member, Attribute) and "instance-attribute" in member.labels:
             yield name, member
 
 
@@ -69,11 +69,12 @@ def _constructor(cls: Class, fields: dict[str, Attribute]) -> Function:
     given = [
         Parameter(name, annotation=_plain(field.annotation), kind=kind, default=_default(field.value))
         for name, field in fields.items()
+        if field.annotation is not None
     ]
     return Function("__init__", parameters=Parameters(Parameter("self", kind=kind), *given), parent=cls)
 
 
-def _plain(annotation: str | Expr | None) -> str | Expr | None:
+def _plain(annotation: str | Expr) -> str | Expr:
     """A type without its bounds, which the list of attributes has."""
     if isinstance(annotation, ExprSubscript) and str(annotation.left) == "Annotated":
         parts = annotation.slice
