@@ -97,8 +97,8 @@ def test_a_repository_completes_its_file(run, tmp_path):
     for name in ("red", "green", "blue"):
         lines = [f"def paint_{name}(wall, coats):", f'    """Paints a wall {name}."""', "    for coat in range(coats):"]
         lines += [f'        wall.cover("{name}", thickness=0.35)', "    return wall.dry(hours=12)", ""]
-        (tmp_path / f"{name}.py").write_text("\n".join(lines * 6), encoding="utf-8")
-    printed = run("repository_completion", tmp_path, "--file", "red.py", "--line", 28, "--lines", 2)
+        (tmp_path / f"{name}.py").write_text("\n".join(lines * 4), encoding="utf-8")
+    printed = run("repository_completion", tmp_path, "--file", "red.py", "--line", 16, "--lines", 2)
     tokens = numbers(r": ([\d,]+) tokens, first token", printed)
     right = numbers(r"(\d) of 2 lines right", printed)
     computed = numbers(r"(\d+)% computed", printed)
