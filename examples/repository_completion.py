@@ -42,9 +42,10 @@ def main(
     with quiet_loading():
         pipe = LazyPipeline.from_pretrained(model or packaged_model(), dtype="float32", preset=preset)
     dense = LazyPipeline.from_preset("dense", pipe.model, pipe.tokenizer)
-    alone, cursor = f"# {file}\n" + "".join(head), "".join(head[-CURSOR_LINES:])
+    cursor = "".join(head[-CURSOR_LINES:]).rstrip("\n")  # a model takes the break and the indent behind it as one token
+    alone = f"# {file}\n{''.join(head)}".rstrip("\n")
     whole = neighbours(pipe, repository, file, head, context_tokens) + alone
-    print(f"{file}, up to line {line}:\n\n{cursor}", *(f"{one}   <- hidden\n" for one in truth), sep="")
+    print(f"{file}, up to line {line}:\n\n{cursor}", *(f"\n{one}   <- hidden" for one in truth), sep="")
     dense.generate(alone, max_new_tokens=1)  # the first run pays for things that no later one does
     complete("the file alone", dense, alone, cursor, truth)
     complete("with its repository, dense", dense, whole, cursor, truth)
@@ -70,7 +71,7 @@ def complete(name: str, pipe: LazyPipeline, prompt: str, cursor: str, truth: lis
     """Writes as many lines as were hidden, and says how many of them are right."""
     room = TOKENS_PER_LINE * len(truth)
     reply = cast(GenerationResult, pipe.generate(prompt, query=cursor, max_new_tokens=room, do_sample=False))
-    guess = [one.rstrip() for one in reply.text.splitlines()[: len(truth)]]
+    guess = [one.rstrip() for one in reply.text.removeprefix("\n").splitlines()[: len(truth)]]
     right = sum(one == other for one, other in zip(guess, truth, strict=False))
     stats = reply.stats
     print(

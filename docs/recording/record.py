@@ -39,7 +39,7 @@ KEY_SECONDS = 0.035
 READ_SECONDS = 1.0
 """How long a reader gets for what a command has written."""
 LONGEST_PAUSE = 1.0
-COMMAND_SECONDS = 300
+COMMAND_SECONDS = 600
 
 
 @dataclass(frozen=True)
