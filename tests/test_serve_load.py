@@ -323,7 +323,8 @@ def test_a_server_process_is_paused_and_ends(tmp_path):
         other = type("Other", (), {"pause": lambda self: None, "go_on": lambda self: None})()
         with servers.alone(other, [server, other]):
             assert process.status() == psutil.STATUS_STOPPED
-        assert servers.answers(server.url)
+        with servers.caller(server.url) as http:
+            assert servers.answers(http, "/")
         assert servers.resident_bytes(server.pid) > 2**20
         server.pause()
     assert not process.is_running()

@@ -24,6 +24,7 @@ HOST = "127.0.0.1"
 LOADING_SECONDS = 900.0
 ENDING_SECONDS = 15.0
 IDLE_SECONDS = 30.0
+POLLING_SECONDS = 0.1
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
 """Variables that keep an engine from asking anybody else."""
 
@@ -115,12 +116,14 @@ class ServerProcess:
 
     def _wait(self, path: str) -> None:
         deadline = time.monotonic() + LOADING_SECONDS
-        while not answers(self.url + path):
-            if self._process.poll() is not None:
-                raise EngineError(f"{self.name} ended with exit code {self._process.returncode}{self._last_words()}")
-            if time.monotonic() > deadline:
-                raise EngineError(f"{self.name} was not ready within {LOADING_SECONDS:g} s{self._last_words()}")
-            time.sleep(0.1)
+        with caller(self.url) as http:
+            while not answers(http, path):
+                if self._process.poll() is not None:
+                    code = self._process.returncode
+                    raise EngineError(f"{self.name} ended with exit code {code}{self._last_words()}")
+                if time.monotonic() > deadline:
+                    raise EngineError(f"{self.name} was not ready within {LOADING_SECONDS:g} s{self._last_words()}")
+                time.sleep(POLLING_SECONDS)
 
     def _last_words(self) -> str:
         words = self._log.read_text(errors="replace").strip().splitlines()[-LAST_WORDS:]
@@ -141,18 +144,23 @@ def alone(server: ServerProcess, others: Sequence[ServerProcess]) -> Iterator[No
                 other.go_on()
 
 
-def answers(url: str) -> bool:
-    """Whether somebody answers with status 200."""
+def caller(url: str) -> httpx2.Client:
+    """A connection to a server, for questions beside those that are measured."""
+    return httpx2.Client(base_url=url, timeout=60, trust_env=False)
+
+
+def answers(http: httpx2.Client, path: str) -> bool:
+    """Whether a server answers with status 200."""
     try:
-        return httpx2.get(url, timeout=5, trust_env=False).status_code == 200
+        return http.get(path).status_code == 200
     except httpx2.HTTPError:
         return False
 
 
 def models_of(url: str) -> list[str]:
     """What a server's models are called."""
-    listed = httpx2.get(f"{url}/v1/models", timeout=5, trust_env=False).json()["data"]
-    return [str(model["id"]) for model in listed]
+    with caller(url) as http:
+        return [str(model["id"]) for model in http.get("/v1/models").json()["data"]]
 
 
 def metrics_of(url: str) -> dict[str, float]:
@@ -161,26 +169,36 @@ def metrics_of(url: str) -> dict[str, float]:
     Raises:
         EngineError: when it is gone.
     """
+    with caller(url) as http:
+        return _counts(http)
+
+
+def idle(url: str, *, seconds: float = IDLE_SECONDS) -> bool:
+    """Whether nothing runs or waits on a lazyllm server, within so many seconds.
+
+    Raises:
+        EngineError: when it is gone.
+    """
+    deadline = time.monotonic() + seconds
+    with caller(url) as http:
+        while time.monotonic() < deadline:
+            told = _counts(http)
+            if told["lazyllm_running"] == told["lazyllm_waiting"] == 0:
+                return True
+            time.sleep(POLLING_SECONDS)
+    return False
+
+
+def _counts(http: httpx2.Client) -> dict[str, float]:
     try:
-        text = httpx2.get(f"{url}/metrics", timeout=60, trust_env=False).text
+        text = http.get("/metrics").text
     except httpx2.HTTPError as error:
-        raise EngineError(f"the server at {url} says nothing any more: {error!r}") from None
+        raise EngineError(f"the server at {http.base_url} says nothing any more: {error!r}") from None
     return {
         sample.name + (f"{{{','.join(sample.labels.values())}}}" if sample.labels else ""): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-
-
-def idle(url: str, *, seconds: float = IDLE_SECONDS) -> bool:
-    """Whether nothing runs or waits on a lazyllm server, within so many seconds."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        told = metrics_of(url)
-        if told["lazyllm_running"] == told["lazyllm_waiting"] == 0:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def resident_bytes(pid: int) -> int:

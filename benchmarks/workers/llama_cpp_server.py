@@ -15,7 +15,7 @@ def main() -> None:
     path, port, slots, tokens, threads = sys.argv[1:]
     options = xllamacpp.CommonParams()
     options.model.path = path
-    options.hostname, options.port = "127.0.0.1", int(port)
+    options.hostnames, options.port = ["127.0.0.1"], int(port)
     options.n_parallel = int(slots)
     options.n_ctx = int(slots) * int(tokens)
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = int(threads)
