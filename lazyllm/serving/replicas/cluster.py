@@ -140,7 +140,7 @@ def _application(source: ModelSource, configs: Mapping[str, LazyConfig], limits:
         Replica,
         name="replica",
         num_replicas=cluster.replicas,
-        max_ongoing_requests=_most_jobs(limits),
+        max_ongoing_requests=2 * _most_jobs(limits),  # room for jobs of a lost one, and to be asked what it does
         ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixRouter, request_router_kwargs={"running": limits.running}
@@ -151,7 +151,7 @@ def _application(source: ModelSource, configs: Mapping[str, LazyConfig], limits:
         max_constructor_retry_count=START_TRIES,
     )
     # the server refuses what there is no room for; a replica takes what it is sent
-    return deployment.bind(source, dict(configs), replace(limits, waiting=_most_jobs(limits)))
+    return deployment.bind(source, dict(configs), replace(limits, waiting=2 * _most_jobs(limits)))
 
 
 def _most_jobs(limits: EngineLimits) -> int:
