@@ -346,7 +346,7 @@ def test_files_are_chosen_listed_and_removed(browser, stub):
     files = [
         {"name": "a.md", "mimeType": "", "buffer": b"# A"},
         {"name": "picture.png", "mimeType": "image/png", "buffer": b"\x89PNG\xff"},
-        {"name": "b.py", "mimeType": "", "buffer": "größe = 1\r\n".encode()},
+        {"name": "b.py", "mimeType": "", "buffer": "größe = 1\r\nx = 2\r\n".encode()},
         {"name": "zero.bin", "mimeType": "", "buffer": b"a\0b"},
         {"name": "blank.txt", "mimeType": "", "buffer": b" \n"},
     ]
@@ -366,7 +366,7 @@ def test_files_are_chosen_listed_and_removed(browser, stub):
         expect(page.get_by_role("button", name="remove b.py")).to_be_focused()
         ask(page, "Code?")
         ended(page)
-    assert stub.bodies[0]["messages"][0]["content"] == "größe = 1\n\nCode?"
+    assert stub.bodies[0]["messages"][0]["content"] == "größe = 1\nx = 2\n\nCode?"
 
 
 def test_files_are_dropped(browser, stub):

@@ -118,11 +118,10 @@ async function answerAlone(turn, messages, signal) {
     turn.say("loading the documents…");
     await answer(turn, messages, { document: await load(signal) }, signal);
   };
-  const before = loaded;
   try {
     await attempt();
   } catch (error) {
-    if (error.status !== 404 || !before || before !== loaded) throw error;
+    if (error.status !== 404) throw error;
     loaded = null;
     await attempt();
   }
