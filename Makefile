@@ -3,10 +3,11 @@
 #   make test    the whole test suite, the tests on a real checkpoint and in a browser included
 #   make check   format, lint and types
 #   make docs    the documentation as a site, out/site/index.html; a dead link or anchor is an error
+#   make dist    the sdist, and the wheel that is built from it, in dist/
 #   make bench   all benchmarks of speed, one after the other, for hours; each writes out/NAME.json, .md and .png
 #                BENCH=--quick     small prompts and one round, a few minutes
 #                BENCH="--lengths 512 --rounds 3 --out out --seed 1"     options that all of them take
-#   make clean   removes .venv, caches and out/
+#   make clean   removes .venv, caches, dist/ and out/
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install
 BENCH ?=
 
-.PHONY: demo test check docs bench clean browser
+.PHONY: demo test check docs dist bench clean browser
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -32,6 +33,10 @@ check: $(STAMP)
 # The two variables keep back advice, printed at every build, to change to another generator of sites.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
+
+dist: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/ttft.py $(BENCH)
@@ -56,4 +61,4 @@ browser:
 		|| echo 'install Chromium for the tests of HTML pages, which fail without it'
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) out build dist .nox .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

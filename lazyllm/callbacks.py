@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from lazyllm.errors import InputError
+from lazyllm.extras import needed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,9 +151,13 @@ class ProgressBar(Callback):
     Args:
         min_tokens: shorter prefills show nothing.
         console: where to draw; rich's shared console when none is given.
+
+    Raises:
+        MissingExtra: without rich.
     """
 
     def __init__(self, *, min_tokens: int = 512, console: Console | None = None) -> None:
+        needed("rich", what="a progress bar", extra="cli")
         self.min_tokens = min_tokens
         self._console = console
         self._progress: Progress | None = None

@@ -7,15 +7,20 @@
     ├── AttachError            the model already runs under a LazyStack
     ├── CacheError             a cache is of the wrong kind, model, batch or in use
     ├── InputError             a prompt, mask, position or requested output cannot be used
-    │   └── TooLong            it needs more positions than the model has
+    │   ├── TooLong            it needs more positions than the model has
+    │   └── MissingExtra       a package is not installed that only some uses need
     ├── EngineError            another engine, run beside lazyllm to compare them, failed
     └── ServingError           a job cannot be done now, or no more
         ├── QueueFull          as many jobs wait as may; try again later
         ├── Closed             the engine takes no more jobs
+        ├── ReplicaLost        the process that did it is gone
         └── Cancelled          the job was given up by whoever asked for it
 
-`ConfigError` and `InputError` are also `ValueError`, so generic callers may catch that.
+`ConfigError` and `InputError` are also `ValueError`, and `MissingExtra` is an `ImportError` too, so generic callers may
+catch these.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -53,6 +58,10 @@ class TooLong(InputError):
     """A prompt and its reply need more positions than the model has."""
 
 
+class MissingExtra(InputError, ImportError):
+    """A package is not installed that only some uses need; the message names the extra that has it."""
+
+
 class EngineError(LazyLLMError):
     """Another engine, run beside lazyllm to compare them, failed; the message says what it said last."""
 
@@ -72,9 +81,17 @@ class QueueFull(ServingError):
         super().__init__(message)
         self.retry_seconds = retry_seconds
 
+    def __reduce__(self) -> tuple[type[QueueFull], tuple[str, float]]:
+        """For its way between processes."""
+        return type(self), (str(self), self.retry_seconds)
+
 
 class Closed(ServingError):
     """The engine takes no more jobs."""
+
+
+class ReplicaLost(ServingError):
+    """The process that did the job is gone; it may be tried again."""
 
 
 class Cancelled(ServingError):

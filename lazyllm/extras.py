@@ -5,19 +5,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from lazyllm.errors import InputError
+from lazyllm.errors import MissingExtra
 
 
 def needed(module: str, *, what: str, extra: str) -> Any:
     """A module of an extra.
 
     Raises:
-        InputError: when it is not installed, with what needs it and how to get it.
+        MissingExtra: when it is not installed, with what needs it and how to get it.
     """
     try:
         return import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise InputError(
-            f"{what} needs {package}, which is not installed: pip install lazyllm-torch[{extra}]"
-        ) from None
+        missing = MissingExtra(f"{what} needs {package}, which is not installed: pip install lazyllm-torch[{extra}]")
+        missing.name = package
+        raise missing from None

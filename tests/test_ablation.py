@@ -706,7 +706,7 @@ def test_a_write_that_comes_short_is_finished_and_one_that_fails_is_undone(tmp_p
     assert (tmp_path / RESULTS).stat().st_size == read_lines(tmp_path / RESULTS).size
 
 
-@pytest.mark.parametrize("package", ["scipy", "pandas", "ray", "mlflow", "tensorboard"])
+@pytest.mark.parametrize("package", ["scipy", "pandas", "pyarrow", "ray", "mlflow", "tensorboard"])
 def test_a_package_that_is_missing_is_named_with_its_extra(finished, tmp_path, monkeypatch, package):
     folder, study, _ = finished
     results = Results.load(folder)
@@ -715,6 +715,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(finished, tmp_path, m
         {
             "scipy": lambda: study.run(tmp_path / "scipy", load=load),
             "pandas": results.frame,
+            "pyarrow": lambda: export(results, tmp_path / "results.parquet"),
             "ray": lambda: study.run(tmp_path / "ray", load=load, ray="local"),
             "mlflow": MLflow,
             "tensorboard": lambda: TensorBoard(tmp_path),

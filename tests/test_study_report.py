@@ -1,7 +1,6 @@
 """The report of a study says what its results say."""
 
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,14 +124,6 @@ def test_the_folder_may_be_where_one_is(folder, monkeypatch):
     done = CliRunner().invoke(app, ["report", "."])
     assert done.exit_code == 0, done.output
     assert folder.with_name("sizes.html").name in done.output
-
-
-@pytest.mark.parametrize("command", [["report", "."], ["inspect", "--model", "none", "--prompt", "a"]])
-def test_a_page_says_what_to_install(command, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    refused = CliRunner().invoke(app, command)
-    assert refused.exit_code == 2
-    assert "a page needs jinja2, which is not installed: pip install lazyllm-torch[eval]" in refused.output
 
 
 def test_figures_are_written_by_a_command_too(folder, tmp_path):

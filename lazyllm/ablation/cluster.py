@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,11 +9,7 @@ from lazyllm.ablation.dispatch import Died, Finished, Hand, Message, messages
 from lazyllm.ablation.models import Load
 from lazyllm.ablation.units import Group
 from lazyllm.ablation.worker import Job, Worker
-from lazyllm.errors import InputError
-from lazyllm.extras import needed
-
-PATIENCE_SECONDS = 10
-"""How long to wait for a cluster to answer."""
+from lazyllm.clusters import connected, first_line
 
 
 class _Actor:
@@ -48,10 +42,10 @@ class ActorHand:
         except StopIteration:
             return Finished()
         except self._ray.exceptions.RayActorError as error:
-            return Died(f"the worker died ({_first_line(error)})")
+            return Died(f"the worker died ({first_line(error)})")
         except self._ray.exceptions.RayError as error:
             self.dismiss()
-            return Died(f"the worker failed ({_first_line(error)})")
+            return Died(f"the worker failed ({first_line(error)})")
         return message
 
     def dismiss(self) -> None:
@@ -68,7 +62,7 @@ class RayCrew:
 
     def __init__(self, run: str, address: str, load: Load | None = None) -> None:
         self.run, self._load = run, load
-        self._ray = _connected(address)
+        self._ray = connected(address, what="--ray")
         self._resources = self._ray.cluster_resources()
 
     @property
@@ -86,29 +80,3 @@ class RayCrew:
         ready, _ = self._ray.wait(list(by_stream), num_returns=1)
         for stream in ready:
             yield by_stream[stream], by_stream[stream].hear()
-
-
-def _connected(address: str) -> Any:
-    ray = needed("ray", what="--ray", extra="ray")
-    if not ray.is_initialized():
-        try:
-            _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise InputError(f"there is no Ray cluster at {address!r}: {_first_line(error)}") from None
-    return ray
-
-
-def _knock(address: str) -> None:
-    """Sees whether anybody is there, since Ray itself would wait for minutes.
-
-    Raises:
-        OSError: when nobody is.
-    """
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdecimal() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=PATIENCE_SECONDS).close()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

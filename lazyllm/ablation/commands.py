@@ -155,7 +155,6 @@ def report(
     items: Annotated[bool, typer.Option("--items/--no-items", help="Whether items and replies do.")] = True,
 ) -> None:
     """Writes a page of a study: table, figures, and every item with its replies."""
-    needed("jinja2", what="a page", extra="eval")
     from lazyllm.ablation.report import report_data
     from lazyllm.pages.report import report as write
 

@@ -14,6 +14,7 @@ from lazyllm.errors import InputError, unknown
 from lazyllm.evaluation.compare import Line, groups
 from lazyllm.evaluation.quality import STOCK
 from lazyllm.evaluation.statistics import Effect
+from lazyllm.extras import needed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -145,11 +146,10 @@ def export(results: Results, path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == PARQUET:
+            needed("pyarrow", what="Parquet", extra="parquet")
             results.frame().to_parquet(path)
         else:
             path.write_text(TEXTS[kind](results), encoding="utf-8")
-    except ImportError as error:
-        raise InputError(f"cannot write Parquet: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
     return path

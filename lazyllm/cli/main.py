@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -16,7 +15,7 @@ from warnings import catch_warnings
 import torch
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from lazyllm.caches import CACHES
 from lazyllm.callbacks import ProgressBar, TokenTrace
@@ -30,7 +29,7 @@ from lazyllm.evaluation.harness_cli import run_lm_eval
 from lazyllm.evaluation.options import names_in
 from lazyllm.files.prompts import prompts_in
 from lazyllm.generation.result import GenerationResult
-from lazyllm.models.loading import DTYPES, dtype_named, load_model
+from lazyllm.models.loading import DTYPES
 from lazyllm.models.quantize import WEIGHTS
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies import SCHEDULES, SCORERS
@@ -48,7 +47,8 @@ try:
     from rich.text import Text
 
     from lazyllm.ablation import commands
-    from lazyllm.cli.console import device_named, errors_as_lines
+    from lazyllm.cli.console import device_named, errors_as_lines, load_or_refuse
+    from lazyllm.cli.serve import serve
     from lazyllm.extras import needed
 except ImportError as missing:
     raise SystemExit(
@@ -115,7 +115,7 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
     options = {"max_new_tokens": max_new_tokens, **_decoding(sample, temperature, seed)}
     _check_outputs(stats_json, plot, trace)
-    loaded, tokenizer = _load(model, gguf_file, dtype, weights)
+    loaded, tokenizer = load_or_refuse(model, gguf_file, dtype, weights)
     question: Any = [{"role": "user", "content": text}] if chat else text
     tracer = TokenTrace()
     pipe = LazyPipeline.from_config(config, loaded, tokenizer, callbacks=[tracer] if trace else [])
@@ -162,7 +162,7 @@ def map_prompts(
     config = _config(preset, scorer, schedule, cache, sinks, recent)
     asked = prompts_in(prompts, chat=chat)
     _check_outputs(None, None, None, out)
-    pipe = LazyPipeline.from_config(config, *_load(model, gguf_file, dtype, weights))
+    pipe = LazyPipeline.from_config(config, *load_or_refuse(model, gguf_file, dtype, weights))
     replies = pipe.map(
         [one.prompt for one in asked], query=[one.query for one in asked], batch_tokens=batch_tokens, out=out,
         progress=True, errors="raise" if strict else "return", max_new_tokens=max_new_tokens, do_sample=False,
@@ -231,22 +231,8 @@ def _check_outputs(stats_json: Path | None, plot: Path | None, trace: Path | Non
             raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     if trace is not None and trace.suffix not in (".json", ".npz"):
         raise InputError(f"a token trace is saved as .json or .npz, not {trace.name!r}")
-    if plot is not None and find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib, which is not installed: pip install lazyllm-torch[plots]")
-
-
-def _load(
-    model: str, gguf_file: str | None, dtype: str, weights: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; whatever keeps them from loading is an InputError."""
-    kind = dtype if dtype == "auto" else dtype_named(dtype)
-    try:
-        return load_model(model, gguf_file=gguf_file, dtype=kind, weights=weights)
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"cannot load the model {model!r}: {reason}") from None
+    if plot is not None:
+        needed("matplotlib", what="--plot", extra="plots")
 
 
 def _run(pipe: LazyPipeline, prompt: Any, options: dict[str, Any], seed: int | None) -> GenerationResult:
@@ -347,7 +333,7 @@ def chat_with(
         raise InputError("a conversation that is loaded has its documents and its system message; leave them out")
     texts = read_documents(document or [], left_out=lambda reason: typer.echo(f"left out: {reason}", err=True))
     with Console(stderr=True).status("loading the model"), quiet_loading():
-        loaded, tokenizer = _load(model, gguf_file, dtype, weights)
+        loaded, tokenizer = load_or_refuse(model, gguf_file, dtype, weights)
     pipe = LazyPipeline.from_config(config, loaded, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
@@ -358,6 +344,11 @@ def chat_with(
             documents = loaded_documents(pipe, texts, system)
         chat = pipe.conversation(**documents, overflow="slide" if slide else "error")
     run_chat(Chat(chat, documents=texts, options=options))
+
+
+# -- serve -----------------------------------------------------------------------------------------
+
+app.command("serve")(serve)
 
 
 # -- policies --------------------------------------------------------------------------------------
@@ -611,8 +602,7 @@ def tune_schedule(
     recent: RecentOption = None,
 ) -> None:
     """Finds a schedule that reaches a target on your prompts, and saves it for the model."""
-    if find_spec("optuna") is None:
-        raise InputError("the command tune needs optuna, which is not installed: pip install lazyllm-torch[tune]")
+    needed("optuna", what="the command tune", extra="tune")
     from lazyllm.tuning import report
     from lazyllm.tuning.prompts import read_prompts, split
     from lazyllm.tuning.space import RULES
@@ -626,7 +616,7 @@ def tune_schedule(
     split(texts, seed)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out is a folder, {str(out)!r} is none")
-    loaded, tokenizer = _load(model, gguf_file, dtype, weights)
+    loaded, tokenizer = load_or_refuse(model, gguf_file, dtype, weights)
     with _tuning_progress() as on_progress:
         outcome = tune(
             loaded, tokenizer, texts, target, out=out, base=config, rules=tried, trials=trials, new_tokens=new_tokens,
@@ -679,14 +669,13 @@ def inspect_prompt(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 24,
 ) -> None:
     """Writes a page that shows what was computed for a prompt, token by token and step by step."""
-    needed("jinja2", what="a page", extra="eval")
     from lazyllm.pages.inspection import record, save_inspection
 
     config = _config(preset, scorer, schedule, cache, sinks, recent)
     text = _read_prompt(prompt, prompt_file)
     _check_outputs(None, None, None, output)
     bar = ProgressBar(console=Console(stderr=True))
-    pipe = LazyPipeline.from_config(config, *_load(model, gguf_file, dtype, weights), callbacks=[bar])
+    pipe = LazyPipeline.from_config(config, *load_or_refuse(model, gguf_file, dtype, weights), callbacks=[bar])
     question: Any = [{"role": "user", "content": text}] if chat else text
     try:
         inspection = record(pipe, question, query=query, max_new_tokens=max_new_tokens, do_sample=False)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback
-from lazyllm.errors import CacheError, InputError
+from lazyllm.errors import CacheError, InputError, TooLong
 from lazyllm.generation.result import GenerationResult
 from lazyllm.policies.base import explain
 from lazyllm.policies.query import Query, check_query
@@ -212,7 +212,7 @@ class Document:
     def _check_positions(self, more: int) -> None:
         longest = self.pipe.max_positions
         if longest is not None and self.end + more > longest:
-            raise InputError(
+            raise TooLong(
                 f"the documents end at position {self.end - 1} and the question needs {more} more, the model has "
                 f"positions for {longest}"
             )
@@ -346,7 +346,7 @@ def load_document(
     piece = _encoded(text, frame, tokenizer, first=not start)
     tokens, longest = len(piece.token_ids), pipe.max_positions
     if longest is not None and start + tokens > longest:
-        raise InputError(
+        raise TooLong(
             f"a document of {tokens} tokens that starts at position {start} needs positions up to "
             f"{start + tokens - 1}, the model has {longest}"
         )

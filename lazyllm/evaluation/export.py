@@ -1,6 +1,6 @@
 """The weights of a GGUF file in other forms, for engines that are to run the very same model.
 
-The package `gguf` is imported on use.
+The package `gguf` is imported on use (extra `gguf`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from lazyllm.errors import InputError, unknown
 from lazyllm.evaluation.data import quiet_loading
+from lazyllm.extras import needed
 from lazyllm.models.loading import load_model
 
 FileType = Literal["F32", "F16"]
@@ -27,8 +28,9 @@ def write_dequantised(source: Path, path: Path, file_type: FileType) -> Path:
     Matrices get the type that is asked for; vectors stay float32, as in files converted from a checkpoint.
 
     Raises:
-        InputError: for an unknown type, or when there is no such file.
+        InputError: for an unknown type, when there is no such file, or gguf is not installed.
     """
+    needed("gguf", what="a GGUF file", extra="gguf")
     from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys
     from gguf.quants import dequantize
 

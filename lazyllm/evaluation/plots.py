@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lazyllm.extras import needed
+
 if TYPE_CHECKING:
     from lazyllm.callbacks import TokenTrace
     from lazyllm.costs import Prediction
@@ -377,10 +379,12 @@ def _middles_and_reach(spreads: Sequence[Spread], *, factor: float = 1.0) -> tup
 
 
 def new_figure(size: tuple[float, float]) -> Any:
-    """An empty figure of so many inches."""
-    from matplotlib.figure import Figure
+    """An empty figure of so many inches.
 
-    return Figure(figsize=size, layout="constrained")
+    Raises:
+        MissingExtra: without matplotlib.
+    """
+    return needed("matplotlib.figure", what="a figure", extra="plots").Figure(figsize=size, layout="constrained")
 
 
 def tidied(figure: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a sample of paired results can say: effects with intervals, exact tests, and whether it is large enough.
 
-All intervals are two-sided at 95 %. How well each method keeps its promise is shown in docs/statistics.md.
+All intervals are two-sided at 95 %. How well each method keeps its promise is shown in docs/statistics.md. scipy is
+imported on use (extra `eval`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 from lazyllm.errors import InputError, unknown
+from lazyllm.extras import needed
 
 LEVEL = 0.05
 """Of all tests, and what intervals leave out."""
@@ -63,7 +64,7 @@ def mean_effect(values: ArrayLike) -> Effect:
     if not is_binary(values) or not values.size:
         return graded_mean(values)
     successes = int(values.sum())
-    found = stats.binomtest(successes, values.size).proportion_ci(method="wilson")
+    found = _scipy("stats").binomtest(successes, values.size).proportion_ci(method="wilson")
     return Effect(successes / values.size, float(found.low), float(found.high))
 
 
@@ -110,7 +111,7 @@ def graded_mean(values: ArrayLike, *, unseen: float = 0.0) -> Effect:
     mean = float(values.mean())
     if values.size == 1:
         return Effect(mean, -inf, inf)
-    reach = float(stats.t.ppf(1 - LEVEL / 2, values.size - 1))
+    reach = float(_scipy("stats").t.ppf(1 - LEVEL / 2, values.size - 1))
     error = sqrt(_variance(values, unseen) / values.size)
     if np.ptp(values) <= ROUNDING * np.abs(values).max():
         reach = reach if unseen else 0.0
@@ -137,13 +138,14 @@ def tango(won: int, lost: int, pairs: int) -> Effect:
 
     Source: Tango 1998, Statistics in Medicine 17, 891-908.
     """
-    reach, most = float(stats.norm.ppf(1 - LEVEL / 2)), 1 - 1e-12
+    reach, most = float(_scipy("stats").norm.ppf(1 - LEVEL / 2)), 1 - 1e-12
 
     def end(side: int) -> float:
         def beyond(difference: float) -> float:
             return _tango_score(difference, won, lost, pairs) + side * reach
 
-        return float(optimize.brentq(beyond, -most, most)) if beyond(-most) * beyond(most) < 0 else float(side)
+        crosses = beyond(-most) * beyond(most) < 0
+        return float(_scipy("optimize").brentq(beyond, -most, most)) if crosses else float(side)
 
     return Effect((won - lost) / pairs, end(-1), end(1))
 
@@ -167,7 +169,7 @@ def median_effect(values: ArrayLike) -> Effect:
     middle = float(np.median(values))
     if values.size == 1 or np.ptp(values) == 0:
         return Effect(middle, middle, middle)
-    found = stats.bootstrap((values,), np.median, n_resamples=RESAMPLES, method="percentile", rng=0)
+    found = _scipy("stats").bootstrap((values,), np.median, n_resamples=RESAMPLES, method="percentile", rng=0)
     return Effect(middle, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
@@ -195,7 +197,7 @@ def paired_p_value(mine: ArrayLike, theirs: ArrayLike, *, seed: int = 0) -> floa
     if not changes.size:
         return 1.0
     if is_binary(mine, theirs):
-        return float(stats.binomtest(int((changes > 0).sum()), changes.size).pvalue)
+        return float(_scipy("stats").binomtest(int((changes > 0).sum()), changes.size).pvalue)
     return _sign_flip_p_value(changes, seed)
 
 
@@ -249,7 +251,7 @@ def detectable_difference(mine: ArrayLike, theirs: ArrayLike) -> float:
         return nan
     if is_binary(mine, theirs):
         return _detectable_share(float((mine != theirs).mean()), mine.size)
-    reach = stats.t.ppf([1 - LEVEL / 2, POWER], mine.size - 1).sum()
+    reach = _scipy("stats").t.ppf([1 - LEVEL / 2, POWER], mine.size - 1).sum()
     return float(reach * sqrt(_variance(mine - theirs, _unseen(mine, theirs)) / mine.size))
 
 
@@ -279,7 +281,7 @@ def _detectable_share(differing: float, pairs: int) -> float:
 
 def _normal_reach() -> float:
     """`z_.975 + z_.8`."""
-    return float(stats.norm.ppf([1 - LEVEL / 2, POWER]).sum())
+    return float(_scipy("stats").norm.ppf([1 - LEVEL / 2, POWER]).sum())
 
 
 # -- families ------------------------------------------------------------------------------------------
@@ -438,3 +440,8 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
             f"{pairs} pairs find differences from {detectable:.2g} on, not the margin of {margin:.2g}; "
             f"that takes about {needed_pairs(margin, mine, theirs):,}"
         )
+
+
+def _scipy(part: str) -> Any:
+    """A part of scipy, which is imported on use."""
+    return needed(f"scipy.{part}", what="a comparison of results", extra="eval")

@@ -18,12 +18,15 @@ from transformers import (
 )
 
 from lazyllm.errors import InputError, unknown
+from lazyllm.extras import needed
 from lazyllm.models.quantize import quantize, weights_named
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
 """What a configuration is found by."""
+ADAPTER = "adapter_config.json"
+"""What makes a folder one of adapters."""
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -54,12 +57,43 @@ def load_model(
         dtype: dtype of the weights; "auto" takes the checkpoint's.
         device_map: as in transformers.
         weights: "int4" or "int8" quantises the linear layers once they are loaded; see `quantize`.
-        options: anything else the model class's `from_pretrained` takes.
+        options: anything else the model class's `from_pretrained` takes. Weights are read from safetensors, and from
+            pickles only where `use_safetensors=False` says so.
 
     Raises:
-        InputError: when there is no such file or folder, or the model cannot have these weights.
+        InputError: when there is no such file or folder, the model cannot have these weights, or a package is missing
+            that reads them.
     """
     kind = None if weights is None else weights_named(weights)
+    source, extra = _found(path_or_id, gguf_file)
+    if not extra:
+        options.setdefault("use_safetensors", True)
+    maker = AutoModelForCausalLM if extra else _maker(source, options)
+    model = maker.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
+    tokenizer = load_tokenizer(path_or_id, gguf_file=gguf_file, **options)
+    model.eval()
+    if kind is not None:
+        quantize(model, kind)
+    return model, tokenizer
+
+
+def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without the model; arguments as for `load_model`.
+
+    Raises:
+        InputError: when there is no such file.
+    """
+    source, extra = _found(path_or_id, gguf_file)
+    trusted = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
+    return AutoTokenizer.from_pretrained(source, **extra, **trusted)
+
+
+def _found(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, dict[str, str]]:
+    """Folder or repository of a model, and what names its GGUF file, if it is one.
+
+    Raises:
+        InputError: when there is no such file.
+    """
     path = Path(path_or_id)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -67,15 +101,11 @@ def load_model(
         path_or_id, gguf_file = path.parent, path.name
     elif gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
         raise InputError(f"there is no file {gguf_file!r} in {str(path)!r}")
-    source = str(path_or_id)
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
-    maker = AutoModelForCausalLM if gguf_file else _maker(source, options)
-    model = maker.from_pretrained(source, dtype=dtype, device_map=device_map, **extra, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-    model.eval()
-    if kind is not None:
-        quantize(model, kind)
-    return model, tokenizer
+    if gguf_file is not None:
+        needed("gguf", what="a GGUF file", extra="gguf")
+    elif (path / ADAPTER).is_file():
+        needed("peft", what="a folder of adapters", extra="adapters")
+    return str(path_or_id), {"gguf_file": gguf_file} if gguf_file else {}
 
 
 def _maker(source: str, options: dict[str, Any]) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lazyllm.extras import needed
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -32,10 +34,8 @@ STYLE = {
 @contextmanager
 def page_style() -> Iterator[None]:
     """What is drawn within is for a page."""
-    from cycler import cycler
-    from matplotlib import rc_context
-
-    with rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
+    matplotlib = needed("matplotlib", what="a figure", extra="plots")
+    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}):
         yield
 
 

@@ -140,6 +140,11 @@ class Engine:
         """Names of the pipelines, the default first."""
         return tuple(self._pipelines)
 
+    @property
+    def words(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.pipeline().model.get_input_embeddings().num_embeddings)
+
     def pipeline(self, policy: str | None = None) -> LazyPipeline:
         """The pipeline of a name.
 
@@ -240,7 +245,7 @@ class Engine:
     def _check(self, job: Job) -> None:
         """Refuses what cannot be done, by anyone at any time."""
         pipe, ids, asked = self.pipeline(job.policy), job.prompt.token_ids, job.sampling
-        words = pipe.model.get_input_embeddings().num_embeddings
+        words = self.words
         strange = [token for token in (*ids, *asked.logit_bias) if not 0 <= token < words]
         if strange:
             raise InputError(f"token id {strange[0]} is none of this model, which has 0 to {words - 1}")

@@ -1,0 +1,6 @@
+"""The engine behind OpenAI's HTTP API: completions, documents, and what says how the server does."""
+
+from lazyllm.serving.http.app import create_app
+from lazyllm.serving.http.settings import ServerSettings
+
+__all__ = ["ServerSettings", "create_app"]

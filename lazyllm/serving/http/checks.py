@@ -1,0 +1,58 @@
+"""What can be seen to be wrong with a request before the engine is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lazyllm.contexts.documents import Document
+from lazyllm.errors import InputError
+from lazyllm.serving.http.errors import ApiError
+from lazyllm.serving.http.service import Service
+from lazyllm.serving.jobs import Sampling
+
+
+def check_sampling(service: Service, sampling: Sampling, replies: int) -> None:
+    """Refuses tokens the model does not know, and more replies to a prompt than are made at once.
+
+    Raises:
+        ApiError: with the number.
+    """
+    check_tokens(service, sampling.logit_bias, param="logit_bias")
+    most = service.engine.limits.running
+    if replies > most:
+        raise ApiError(400, f"n is a number from 1 to {most} here, not {replies}", param="n", code="invalid_value")
+
+
+def check_tokens(service: Service, tokens: Iterable[int], *, param: str) -> None:
+    """Refuses ids of tokens that the model does not know.
+
+    Raises:
+        ApiError: with the first of them.
+    """
+    known = service.vocabulary
+    unknown = next((token for token in tokens if not 0 <= token < known), None)
+    if unknown is not None:
+        raise ApiError(400, f"tokens have ids from 0 to {known - 1}, not {unknown}", param=param, code="unknown_token")
+
+
+def document_named(service: Service, name: str) -> Document:
+    """A loaded document.
+
+    Raises:
+        ApiError: when it is not loaded, or no more.
+    """
+    try:
+        return service.engine.document(name)
+    except InputError as error:
+        raise ApiError(404, str(error), param="lazyllm.document", code="document_not_found") from None
+
+
+def policy_of_document(service: Service, name: str) -> str:
+    """The policy a document was loaded with.
+
+    Raises:
+        ApiError: when it is not loaded, or no more.
+    """
+    pipe, engine = document_named(service, name).pipe, service.engine
+    own = (policy for policy in engine.policies if engine.pipeline(policy) is pipe)
+    return next(own, service.names.default)

@@ -1,0 +1,7 @@
+"""Engines on many machines behind one server: Ray Serve keeps them alive, and a job goes where its prompt is known."""
+
+from lazyllm.serving.replicas.cluster import HERE, Cluster, replicated
+from lazyllm.serving.replicas.remote import RemoteEngine
+from lazyllm.serving.replicas.replica import ModelSource
+
+__all__ = ["HERE", "Cluster", "ModelSource", "RemoteEngine", "replicated"]
