@@ -24,6 +24,7 @@ ROOMS = {
     "lazyllm.evaluation.harness": "lm-eval",
     "lazyllm.evaluation.harness_tasks": "lm-eval",
     "lazyllm.serving.http": "serve",
+    "lazyllm.serving.replicas": "ray",
     "lazyllm.tuning": "tune",
 }
 """Modules that an extra is needed to import; all others need the core alone."""
