@@ -47,9 +47,9 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
-    """Every snippet, link and table of the documentation."""
+    """The documentation: every snippet, link and table, and the site."""
     _install(session)
-    session.run("python", "-m", "pytest", "tests/test_docs.py", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/test_docs.py", "tests/test_site.py", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])

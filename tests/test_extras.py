@@ -53,6 +53,8 @@ FEATURES = {
     "import lazyllm.evaluation.harness": "lm-eval",
     "import lazyllm.tuning.study": "tune",
     "from lazyllm.ablation.cluster import RayCrew; RayCrew('run', 'local')": "ray",
+    "import lazyllm.serving.http": "serve",
+    "import lazyllm.serving.replicas": "ray",
     "from lazyllm.ablation.trackers import tracker_named; tracker_named('mlflow')": "track",
     "from lazyllm.ablation.trackers import tracker_named; tracker_named('tensorboard')": "track",
 }
@@ -179,7 +181,7 @@ def test_every_feature_names_the_extra_it_needs(core: dict[str, str]):
 
 
 def test_every_extra_has_a_feature():
-    assert {*FEATURES.values(), "parquet", "serve"} == extras()
+    assert {*FEATURES.values(), "parquet"} == extras()
 
 
 def test_a_missing_package_is_named_with_its_extra_and_is_an_import_error():
