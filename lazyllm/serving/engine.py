@@ -309,6 +309,7 @@ class Engine:
         elif any(self._batches.values()):
             self._step()
         else:
+            self._note_held()
             return self._is_over()
         return False
 
