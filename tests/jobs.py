@@ -1,7 +1,8 @@
 """Listeners and engines for tests of the serving engine."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +47,14 @@ class Listener:
     @property
     def done(self) -> bool:
         return bool(self.of((JobEnd, JobFailed, DocumentLoaded)))
+
+
+def soon(condition: Callable[[], bool]) -> None:
+    """Waits until something holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.01)
 
 
 @contextmanager

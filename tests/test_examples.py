@@ -225,12 +225,12 @@ def test_the_notebook_runs():
     assert "Jean Nguyen" in said
 
 
-def test_the_notebook_is_stored_with_small_outputs():
+def test_the_notebook_is_stored_whole_and_small():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run all cells, then save"
-    assert sum(bool(cell.outputs) for cell in code) >= 7
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    in_order, cleared = list(range(1, len(counts) + 1)), [None] * len(counts)
+    assert counts in (in_order, cleared), "run all cells, or clear all outputs, then save"
     assert NOTEBOOK.stat().st_size < 300_000
 
 

@@ -341,8 +341,8 @@ def test_a_document_of_this_version_with_other_fields_is_refused(saved, monkeypa
     history, path = saved
     monkeypatch.setattr("lazyllm.caches.saved._digest", lambda *_: "the same")
     history.cache.save(path)
-    rewrite(path, lambda tensors, document: document.update(colums=document.pop("columns")))
-    with pytest.raises(CacheError, match="unknown field 'colums'"):
+    rewrite(path, lambda tensors, document: document.update(layer=document.pop("layers")))
+    with pytest.raises(CacheError, match="unknown field 'layer'"):
         history.pipe.load_cache(path)
 
 

@@ -23,13 +23,12 @@ import typer
 from animation import svg_of
 from cast import Cast
 
-from lazyllm.evaluation.data import packaged_model, packaged_speech, quiet_loading
-from lazyllm.models.loading import load_model
+from lazyllm.evaluation.data import packaged_model, packaged_speech
 
 FIGURE = Path(__file__).parents[1] / "figures" / "recording.svg"
 TITLE = "lazyllm generate compares a pruned run with a dense one; lazyllm chat asks a document twice"
 WIDTH, HEIGHT = 96, 24
-SPEECH, MODEL = "1985-Reagan-1", "SmolLM2-135M-Instruct"
+SPEECH, MODEL = "1985-Reagan-1", "SmolLM2-135M-Instruct.gguf"
 QUESTION = "What is the name of the young woman who will graduate from West Point?"
 SHELL = "\u276f "
 """What the shell writes when it waits."""
@@ -94,10 +93,7 @@ def main(
 
 def prepare(folder: Path) -> None:
     """The model and the texts under short names."""
-    with quiet_loading():
-        model, tokenizer = load_model(packaged_model(), dtype="float32")
-    model.save_pretrained(folder / MODEL)
-    tokenizer.save_pretrained(folder / MODEL)
+    (folder / MODEL).symlink_to(packaged_model())
     speech = packaged_speech(SPEECH)
     (folder / "speech.txt").write_text(speech + "\n", encoding="utf-8")
     (folder / "question.txt").write_text(f"{speech}\n\n{QUESTION}\n", encoding="utf-8")

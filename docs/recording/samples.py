@@ -22,14 +22,14 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "examples" / "README.md"
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
-SHOWN = re.compile(r"```bash\n(python examples/(\w+)\.py[^\n]*)\n```\n\n```text\n(.*?)```\n", re.DOTALL)
-"""A command, the name of its example, and what it printed."""
+SHOWN = re.compile(r"```bash\n(python examples/(\w+)\.py[^\n]*)\n```\n(?:\n```text\n.*?```\n)?", re.DOTALL)
+"""A command and the name of its example, with what it printed where that is known."""
 CELL_SECONDS = 600
 
 
 def main(only: Annotated[list[str] | None, typer.Option(help="Names of examples; all without it.")] = None) -> None:
     """Runs what is asked for."""
-    for command, name, _ in SHOWN.findall(LIST.read_text(encoding="utf-8")):
+    for command, name in SHOWN.findall(LIST.read_text(encoding="utf-8")):
         if not only or name in only:
             print(command, flush=True)
             show(command, printed_by(command))
@@ -48,8 +48,9 @@ def printed_by(command: str) -> str:
 def show(command: str, printed: str) -> None:
     """Writes what a command printed below it."""
     text = LIST.read_text(encoding="utf-8")
-    (start, stop) = next(found.span(3) for found in SHOWN.finditer(text) if found[1] == command)
-    LIST.write_text(text[:start] + printed + text[stop:], encoding="utf-8")
+    start, stop = next(found.span() for found in SHOWN.finditer(text) if found[1] == command)
+    block = f"```bash\n{command}\n```\n\n```text\n{printed}```\n"
+    LIST.write_text(text[:start] + block + text[stop:], encoding="utf-8")
 
 
 def execute(path: Path) -> None:

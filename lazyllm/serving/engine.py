@@ -356,13 +356,14 @@ class Engine:
             self._batches[name] = [reply for reply in batch if reply.task is not task]
         if isinstance(task, PromptTask):
             task.replies = []  # whoever holds the ticket does not hold the cache
-        task.fail(error or Cancelled("the job was given up"))
-        if task not in self._computing:
-            self._count(task)
+        error = error or Cancelled("the job was given up")
+        self._count(task, "cancelled" if isinstance(error, Cancelled) else "failed")
+        task.fail(error)
 
-    def _count(self, task: Task) -> None:
+    def _count(self, task: Task, outcome: str) -> None:
+        """Counts a task that ends, before anybody is told."""
         with self._changed:
-            self._jobs[task.outcome or "done"] += 1
+            self._jobs[outcome] += 1
         passed = time.perf_counter() - task.submitted
         self._pace = passed if self._pace is None else 0.9 * self._pace + 0.1 * passed
 
@@ -380,11 +381,9 @@ class Engine:
         except Exception as error:
             if not isinstance(error, (InputError, Cancelled, Closed)):
                 LOG.exception("a prefill failed")
-            task.fail(error)
+            self._fail(task, error)
         finally:
             self._computing.remove(task)
-        if task.outcome is not None:
-            self._count(task)
 
     def _prefill(self, task: PromptTask) -> None:
         job, name = task.job, task.job.policy or self._default
@@ -444,6 +443,7 @@ class Engine:
         assert loaded is not None, "it was loaded just now"
         name = self._shelf.add(document)
         held = loaded.kv_bytes + loaded.aux_bytes
+        self._count(task, "done")
         task.tell(DocumentLoaded(name, loaded.tokens, loaded.depth, loaded.layers, loaded.seconds, held))
         task.outcome = task.outcome or "done"
 
@@ -517,17 +517,17 @@ class Engine:
 
     def _end(self, task: PromptTask, pipe: LazyPipeline) -> None:
         """All replies of a task are complete: what they have computed may serve later ones."""
-        usage = task.end()
+        usage = task.usage()
         with self._changed:
             for name in ("prompt_tokens", "cached_tokens", "reply_tokens", "revived_tokens"):
                 self._sums[name] += getattr(usage, name)
-        if task not in self._computing:
-            self._count(task)
+        self._count(task, "done")
         cache, task.replies = task.replies[0].cache, []
         if task.job.document is not None:
             self._give_back(task.job.document, cache)
         elif self._keeps_prefixes(pipe):
             self._prefixes.put(cache, pipe.config)
+        task.end(usage)
 
     def _give_back(self, name: str, cache: LazyCache) -> None:
         """Leaves with a document what a question has taken deeper."""

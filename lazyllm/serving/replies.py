@@ -145,9 +145,9 @@ class PromptTask(Task):
         if self.job.trace:
             self.tell(Depths(reply, layers, tuple(tokens.tolist()), tuple(depths[tokens].tolist())))
 
-    def end(self) -> Usage:
-        """Ends it once its replies are complete, and gives what it has cost."""
-        usage = Usage(
+    def usage(self) -> Usage:
+        """What it has cost, once its replies are complete."""
+        return Usage(
             prompt_tokens=self.tokens,
             cached_tokens=self.cached,
             reply_tokens=sum(len(reply.text.token_ids) for reply in self.replies),
@@ -157,9 +157,11 @@ class PromptTask(Task):
             ttft_seconds=self.first - self.submitted,
             seconds=time.perf_counter() - self.submitted,
         )
+
+    def end(self, usage: Usage) -> None:
+        """Ends it."""
         self.tell(JobEnd(usage))
         self.outcome = self.outcome or "done"
-        return usage
 
 
 class LoadTask(Task):
