@@ -16,13 +16,12 @@ from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback, PieceEnd
 from lazyllm.contexts.documents import Document
 from lazyllm.contexts.prefixes import PrefixCache
-from lazyllm.errors import Cancelled, Closed, ConfigError, InputError, QueueFull, TooLong, unknown
+from lazyllm.errors import Cancelled, Closed, ConfigError, InputError, QueueFull, TooLong
 from lazyllm.generation.options import Options
 from lazyllm.models.families import input_device
 from lazyllm.pipeline import LazyPipeline
-from lazyllm.policies.query import Query
-from lazyllm.prompts import EncodedPrompt, Prompt
 from lazyllm.serving.jobs import DocumentLoaded, Event, Job
+from lazyllm.serving.policies import NamedPipelines
 from lazyllm.serving.replies import LOG, LoadTask, PromptTask, Reply, Task
 from lazyllm.serving.sampling import Sampler
 from lazyllm.serving.shelf import Shelf
@@ -96,7 +95,7 @@ class Ticket:
         self._wake()
 
 
-class Engine:
+class Engine(NamedPipelines):
     """Runs jobs on one model in a thread of its own; what comes of them is handed to their `deliver`.
 
     Replies of one policy are one batch: a step computes the next token of each. A prefill runs by itself, layer by
@@ -115,15 +114,13 @@ class Engine:
         self.limits = limits or EngineLimits()
         if len({id(pipe.model) for pipe in pipelines.values()}) != 1:
             raise ConfigError(f"an engine has pipelines of one model, got {len(pipelines)} of several or none")
-        self._pipelines = {name: _in_pieces(pipe, self.limits.piece) for name, pipe in pipelines.items()}
-        self._default = next(iter(self._pipelines))
+        super().__init__({name: _in_pieces(pipe, self.limits.piece) for name, pipe in pipelines.items()})
         self._batches: dict[str, list[Reply]] = {name: [] for name in self._pipelines}
         self._prefixes = PrefixCache(max_bytes=max(self.limits.prefix_bytes, 1))
         self._shelf = Shelf(self.limits.document_bytes)
         self._waiting: list[Task] = []
         self._computing: list[Task] = []  # prefills that have begun, each inside the one before
         self._changed = threading.Condition()
-        self._encoding = threading.Lock()
         self._closing: float | None = None
         self._jobs: Counter[str] = Counter()
         self._sums: Counter[str] = Counter()
@@ -136,35 +133,9 @@ class Engine:
     # -- asked by any thread -----------------------------------------------------------------------
 
     @property
-    def policies(self) -> tuple[str, ...]:
-        """Names of the pipelines, the default first."""
-        return tuple(self._pipelines)
-
-    @property
     def words(self) -> int:
         """How many tokens the model knows."""
         return int(self.pipeline().model.get_input_embeddings().num_embeddings)
-
-    def pipeline(self, policy: str | None = None) -> LazyPipeline:
-        """The pipeline of a name.
-
-        Raises:
-            InputError: when there is none of that name.
-        """
-        name = self._default if policy is None else policy
-        if name not in self._pipelines:
-            raise InputError(unknown("policy", name, self._pipelines))
-        return self._pipelines[name]
-
-    def encode(self, prompt: Prompt, *, policy: str | None = None, query: Query | None = None) -> EncodedPrompt:
-        """A prompt as a job needs it; may be called by any thread.
-
-        Raises:
-            InputError: when it cannot be used.
-        """
-        pipe = self.pipeline(policy)
-        with self._encoding:  # tokenizers are not made for several threads
-            return pipe.encode(prompt, query=query)
 
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
         """Takes a job; may be called by any thread. `deliver` is called by the engine's, and must not wait.

@@ -16,12 +16,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from lazyllm.contexts.documents import Document
-from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, ReplicaLost, unknown
+from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, ReplicaLost
 from lazyllm.pipeline import LazyPipeline
-from lazyllm.policies.query import Query
-from lazyllm.prompts import EncodedPrompt, Prompt
 from lazyllm.serving.engine import EngineLimits, EngineStats
 from lazyllm.serving.jobs import Event, Job, JobFailed
+from lazyllm.serving.policies import NamedPipelines
 from lazyllm.serving.replicas.replica import LAST, Order
 from lazyllm.serving.replies import LOG
 
@@ -50,7 +49,7 @@ class RemoteTicket:
         self._following.cancel()
 
 
-class RemoteEngine:
+class RemoteEngine(NamedPipelines):
     """Has the face of `Engine`; its events come from a thread of its own.
 
     A job whose replica is lost before it said anything is done by another one. Later it ends with `ReplicaLost`:
@@ -73,20 +72,16 @@ class RemoteEngine:
         room: int,
         words: int,
     ) -> None:
+        super().__init__(recipes)
         self.limits, self.words, self._room = limits, words, room
-        self._handle, self._recipes = handle, dict(recipes)
-        self._encoding, self._taking = threading.Lock(), threading.Lock()
+        self._handle = handle
+        self._taking = threading.Lock()
         self._open: set[Future[None]] = set()
         self._closed, self._has_replicas, self._stats = False, True, total([])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lazyllm-replicas", daemon=True)
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Names of the pipelines, the default first."""
-        return tuple(self._recipes)
 
     @property
     def is_open(self) -> bool:
@@ -97,27 +92,6 @@ class RemoteEngine:
     def stats(self) -> EngineStats:
         """Sums over the replicas there are."""
         return self._stats
-
-    def pipeline(self, policy: str | None = None) -> LazyPipeline:
-        """The recipe of a name.
-
-        Raises:
-            InputError: when there is none of that name.
-        """
-        name = self.policies[0] if policy is None else policy
-        if name not in self._recipes:
-            raise InputError(unknown("policy", name, self._recipes))
-        return self._recipes[name]
-
-    def encode(self, prompt: Prompt, *, policy: str | None = None, query: Query | None = None) -> EncodedPrompt:
-        """A prompt as a job needs it; may be called by any thread.
-
-        Raises:
-            InputError: when it cannot be used.
-        """
-        recipe = self.pipeline(policy)
-        with self._encoding:  # tokenizers are not made for several threads
-            return recipe.encode(prompt, query=query)
 
     def document(self, name: str) -> Document:
         """Refused.
