@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from urllib.request import Request, urlopen
 
 import psutil
@@ -15,7 +14,7 @@ from ray.cluster_utils import Cluster as RayCluster
 from lazyllm.errors import InputError, TooLong
 from lazyllm.serving.jobs import Delta, JobEnd, JobFailed
 from lazyllm.serving.replicas import Cluster, ModelSource, replicated
-from tests.jobs import Listener, job, run
+from tests.jobs import Listener, job, run, soon
 from tests.replicas import (
     CONFIGS,
     LIMITS,
@@ -70,13 +69,6 @@ def counts(engine):
         ]
     except Exception:  # one of them is just being lost
         return []
-
-
-def soon(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to that"
-        time.sleep(0.1)
 
 
 def started(engine, count, most=LONG):

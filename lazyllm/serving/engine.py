@@ -416,7 +416,6 @@ class Engine(NamedPipelines):
         held = loaded.kv_bytes + loaded.aux_bytes
         self._count(task, "done")
         task.tell(DocumentLoaded(name, loaded.tokens, loaded.depth, loaded.layers, loaded.seconds, held))
-        task.outcome = task.outcome or "done"
 
     def between(self, task: Task) -> None:
         """Lets others go on between two pieces of a prefill: replies when it is their turn, and much shorter prompts.

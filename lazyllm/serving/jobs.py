@@ -210,4 +210,6 @@ class DocumentLoaded:
     bytes: int
 
 
+LAST = (JobEnd, JobFailed, DocumentLoaded)
+"""Events that nothing comes after."""
 Event: TypeAlias = Delta | Depths | ReplyEnd | JobEnd | JobFailed | DocumentLoaded

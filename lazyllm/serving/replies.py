@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.errors import Cancelled
-from lazyllm.serving.jobs import Delta, Depths, Event, Job, JobEnd, JobFailed, ReplyEnd, Usage
+from lazyllm.serving.jobs import LAST, Delta, Depths, Event, Job, JobEnd, JobFailed, ReplyEnd, Usage
 from lazyllm.serving.sampling import Sampler
 from lazyllm.serving.texts import ReplyText, logprob_of
 
@@ -25,7 +25,7 @@ class Task:
     Attributes:
         tokens: of its prompt.
         submitted: when it was taken, by `time.perf_counter`.
-        outcome: "done", "failed" or "cancelled" once nothing comes any more.
+        ended: whether nothing comes any more.
         reason: why it is to be given up; None = it is not.
 
     Args:
@@ -36,16 +36,15 @@ class Task:
     def __init__(self, tokens: int, deliver: Callable[[Event], None]) -> None:
         self.tokens = tokens
         self.submitted = time.perf_counter()
-        self.outcome: str | None = None
+        self.ended = False
         self.reason: BaseException | None = None
         self._deliver = deliver
 
     def tell(self, event: Event) -> None:
         """Hands over an event; a task whose listener fails is given up."""
-        if self.outcome is not None:
+        if self.ended:
             return
-        if isinstance(event, JobFailed):
-            self.outcome = "cancelled" if isinstance(event.error, Cancelled) else "failed"
+        self.ended = isinstance(event, LAST)
         try:
             self._deliver(event)
         except Exception as error:
@@ -161,7 +160,6 @@ class PromptTask(Task):
     def end(self, usage: Usage) -> None:
         """Ends it."""
         self.tell(JobEnd(usage))
-        self.outcome = self.outcome or "done"
 
 
 class LoadTask(Task):

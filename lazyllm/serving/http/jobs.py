@@ -10,10 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from lazyllm.serving.engine import Engine, Ticket
-from lazyllm.serving.jobs import DocumentLoaded, Event, Job, JobEnd, JobFailed
-
-LAST = (JobEnd, JobFailed, DocumentLoaded)
-"""Events that nothing comes after."""
+from lazyllm.serving.jobs import LAST, Event, Job
 
 
 class RequestJobs:

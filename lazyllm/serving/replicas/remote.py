@@ -19,9 +19,9 @@ from lazyllm.contexts.documents import Document
 from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, ReplicaLost
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.serving.engine import EngineLimits, EngineStats
-from lazyllm.serving.jobs import Event, Job, JobFailed
+from lazyllm.serving.jobs import LAST, Event, Job, JobFailed
 from lazyllm.serving.policies import NamedPipelines
-from lazyllm.serving.replicas.replica import LAST, Order
+from lazyllm.serving.replicas.replica import Order
 from lazyllm.serving.replies import LOG
 
 REPLICAS_TRIED = 3

@@ -15,11 +15,8 @@ from lazyllm.errors import LazyLLMError
 from lazyllm.models.loading import load_model, load_tokenizer
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.serving.engine import Engine, EngineLimits, EngineStats
-from lazyllm.serving.jobs import Event, Job, JobEnd, JobFailed
+from lazyllm.serving.jobs import LAST, Event, Job, JobFailed
 from lazyllm.serving.replicas.routing import beginnings
-
-LAST = (JobEnd, JobFailed)
-"""Events of a job that nothing comes after."""
 
 
 @dataclass(frozen=True)
