@@ -1,6 +1,8 @@
 """Replicas on a real Ray cluster of two nodes, behind one server."""
 
+import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,9 +13,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as RayCluster
 
-from lazyllm.errors import InputError, TooLong
+from lazyllm.errors import Cancelled, InputError, QueueFull, ReplicaLost, TooLong
+from lazyllm.serving.engine import EngineStats
 from lazyllm.serving.jobs import Delta, JobEnd, JobFailed
 from lazyllm.serving.replicas import Cluster, ModelSource, replicated
+from lazyllm.serving.replicas.replica import Order, Replica
 from tests.jobs import Listener, job, run, soon
 from tests.replicas import (
     CONFIGS,
@@ -26,7 +30,7 @@ from tests.replicas import (
     replica_pids,
     save_tiny_model,
 )
-from tests.servers import CHATS
+from tests.servers import CHATS, DOCUMENTS, client_of
 
 PATIENCE = 60
 LONG = 20_000
@@ -58,17 +62,18 @@ def engine(folder, nodes):
 def settled(engine):
     """The engine, with two replicas that have nothing to do; what a test leaves is given up."""
     soon(lambda: len(counts(engine)) == 2 and not any(one.running or one.waiting for one in counts(engine)))
-    return engine
+    yield engine
+    for following in set(engine._open):
+        following.cancel()
 
 
 def counts(engine):
     """What each replica says of itself."""
     try:
-        return [
-            one for one in engine._handle.broadcast("stats").results(timeout_s=10) if not isinstance(one, Exception)
-        ]
+        told = engine._handle.broadcast("hear", ()).results(timeout_s=10, return_exceptions=True)
     except Exception:  # one of them is just being lost
         return []
+    return [one for one in told if isinstance(one, EngineStats)]
 
 
 def started(engine, count, most=LONG):
@@ -80,6 +85,25 @@ def started(engine, count, most=LONG):
     for listener in listeners:
         listener.wait((Delta, JobFailed))
     return listeners, tickets
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_replica_gives_up_what_it_hears_of_before_and_after_it_came(folder, early):
+    async def told():
+        replica = Replica(ModelSource(str(folder)), CONFIGS, LIMITS)
+        order = Order(job(replica._engine.encode(ids(40)), LONG))
+        events = []
+        if early:
+            await replica.hear([order.id])
+        async for event in replica.run(order):
+            events.append(event)
+            await replica.hear([order.id])
+        return events, await replica.hear([])
+
+    events, stats = asyncio.run(told())
+    assert isinstance(events[-1].error, Cancelled)
+    assert bool(events[:-1]) != early
+    assert (stats.running, stats.waiting) == (0, 0)
 
 
 def test_greedy_replies_are_those_of_one_engine(settled, folder):
@@ -107,12 +131,95 @@ def test_the_next_turn_goes_where_the_first_was(settled):
         assert second.wait().usage.cached_tokens >= 64
 
 
+def test_a_beginning_that_all_share_does_not_bring_all_to_one_replica(settled):
+    shared = ids(64, 200)
+    run(settled, job(settled.encode([*shared, *ids(64, 201)]), 1))
+    for seed in range(202, 207):
+        settled.submit(job(settled.encode([*shared, *ids(64, seed)]), LONG), Listener())
+    soon(lambda: sum(one.running + one.waiting for one in counts(settled)) == 5)
+    assert all(one.running for one in counts(settled))
+
+
+def test_a_job_that_is_given_up_leaves_its_replica(settled):
+    gone = settled.stats.jobs.get("cancelled", 0)
+    (listener,), (ticket,) = started(settled, 1)
+    soon(lambda: settled.stats.running == 1)
+    ticket.cancel()
+    assert isinstance(listener.wait().error, Cancelled)
+    soon(lambda: settled.stats.running == 0)
+    soon(lambda: settled.stats.jobs["cancelled"] > gone)
+
+
 def test_what_a_replica_refuses_is_told_as_it_is(settled):
     encoded = settled.encode(ids(10))
     assert isinstance(run(settled, job(encoded, POSITIONS)).wait().error, TooLong)
     refused = run(settled, job(encoded, replies=LIMITS.running + 1)).wait().error
     assert isinstance(refused, InputError)
     assert "a job has 1 to 4 replies here, not 5" in str(refused)
+
+
+def test_replicas_that_have_as_many_jobs_as_they_may_refuse_more(settled):
+    encoded, room = settled.encode(ids(20, 1)), 2 * (LIMITS.running + LIMITS.waiting)
+    for _ in range(room):
+        settled.submit(job(encoded, LONG, replies=4), Listener())
+    with pytest.raises(QueueFull, match=f"the replicas have {room} jobs"):
+        settled.submit(job(encoded), Listener())
+    soon(lambda: [(one.running, one.waiting) for one in counts(settled)] == [(4, 5)] * 2)
+    refused = client_of(settled).post(CHATS, json=CHAT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+
+
+def test_the_server_answers_as_with_one_engine(settled, folder):
+    one = engine_here(folder)
+    try:
+        expected = client_of(one).post(CHATS, json=CHAT).json()
+        client = client_of(settled)
+        told = client.post(CHATS, json=CHAT).json()
+        assert told["choices"] == expected["choices"]
+        assert told["usage"]["total_tokens"] == expected["usage"]["total_tokens"]
+        assert client.get("/ready").status_code == 200
+        too_long = client.post(CHATS, json=CHAT | {"max_tokens": POSITIONS})
+        assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
+        document = client.post(DOCUMENTS, json={"texts": ["w1 w2"]})
+        assert document.status_code == 400
+        assert "replicas keep no documents" in document.json()["error"]["message"]
+    finally:
+        one.close(timeout=0)
+
+
+def test_a_replica_may_be_killed_under_load(settled):
+    before = replica_pids()
+    assert len(before) == 2
+    prompts = [settled.encode(ids(40, seed), policy="dense") for seed in range(300, 306)]
+    asked = [job(prompt, 6, policy="dense") for prompt in prompts]
+    expected = [run(settled, one).tokens() for one in asked]
+    running, _ = started(settled, 2)
+    waiting = [Listener() for _ in asked]
+    for one, listener in zip(asked, waiting, strict=True):
+        settled.submit(one, listener)
+    os.kill(min(before), signal.SIGKILL)
+    soon(lambda: any(listener.done for listener in running))
+    for listener, tokens in zip(waiting, expected, strict=True):
+        end = listener.wait()
+        if isinstance(end, JobEnd):
+            assert listener.tokens() == tokens
+        else:
+            assert isinstance(end.error, ReplicaLost), repr(end.error)
+    assert {type(failed.error) for one in running for failed in one.of(JobFailed)} == {ReplicaLost}
+    assert run(settled, asked[0]).tokens() == expected[0]
+    soon(lambda: len(replica_pids() - {min(before)}) == 2)
+
+
+def test_a_node_may_be_lost_and_another_one_come(settled, nodes):
+    running, _ = started(settled, 3, most=400)
+    nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
+    for listener in running:
+        end = listener.wait()
+        assert isinstance(end, JobEnd) or isinstance(end.error, ReplicaLost)
+    for seed in range(4):
+        assert isinstance(run(settled, job(settled.encode(ids(30, seed)), 3)).wait(), JobEnd)
+    nodes.add_node(num_cpus=1)
+    soon(lambda: len(counts(settled)) == 2)
 
 
 def test_more_replicas_than_the_cluster_has_room_for_are_refused(folder, nodes):

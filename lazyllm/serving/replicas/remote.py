@@ -78,6 +78,8 @@ class RemoteEngine(NamedPipelines):
         self._taking = threading.Lock()
         self._open: set[Future[None]] = set()
         self._closed, self._has_replicas, self._stats = False, True, total([])
+        self._given_up: set[str] = set()
+        self._news = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lazyllm-replicas", daemon=True)
         self._thread.start()
@@ -142,18 +144,18 @@ class RemoteEngine(NamedPipelines):
     async def _follow(self, job: Job, deliver: Callable[[Event], None]) -> None:
         """Has a job done, and tells what comes of it."""
         try:
-            await self._run(Order(job), deliver)
+            await self._run(job, deliver)
         except asyncio.CancelledError:
             closed = Closed("the engine was closed before the job was done")
             deliver(JobFailed(closed if self._closed else Cancelled("the job was given up")))
         except Exception as error:
             deliver(JobFailed(error))
 
-    async def _run(self, order: Order, deliver: Callable[[Event], None]) -> None:
+    async def _run(self, job: Job, deliver: Callable[[Event], None]) -> None:
         begun = False
         for _ in range(REPLICAS_TRIED):
             try:
-                async with aclosing(self._said(order)) as said:
+                async with aclosing(self._said(Order(job))) as said:
                     async for event in said:
                         begun = True
                         deliver(event)
@@ -186,30 +188,38 @@ class RemoteEngine(NamedPipelines):
             raise _Lost from error
         finally:
             if not ended:
+                self._given_up.add(order.id)
+                self._news.set()
                 with suppress(Exception):  # as well as may be: the replica may be gone
                     stream.cancel()
         if not ended:
             raise _Lost
 
     async def _watch(self) -> None:
-        """Asks the replicas what they do, from time to time."""
+        """Tells the replicas what was given up, and asks what they do, from time to time."""
         while True:
             try:
-                await self._look()
+                await self._talk()
             except TimeoutError:
                 pass  # they are busy: what they said last stands
             except Exception:
                 LOG.exception("the replicas could not be asked what they do")
-            await asyncio.sleep(WATCH_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_SECONDS):
+                    await self._news.wait()
 
-    async def _look(self) -> None:
+    async def _talk(self) -> None:
+        self._news.clear()
+        given_up = frozenset(self._given_up)
         try:
-            asked = self._handle.broadcast("stats")
+            asked = self._handle.broadcast("hear", given_up)
             told = await asked.results_async(timeout_s=WATCH_SECONDS, return_exceptions=True)
         except (RayError, RayServeException):
             told = []
         known = [stats for stats in told if isinstance(stats, EngineStats)]
         self._has_replicas, self._stats = bool(known), total(known)
+        if len(known) == len(told):  # else they are told again
+            self._given_up -= given_up
 
 
 def total(stats: Iterable[EngineStats]) -> EngineStats:

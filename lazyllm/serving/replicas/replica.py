@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from uuid import uuid4
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.config import LazyConfig
-from lazyllm.errors import LazyLLMError
+from lazyllm.errors import Cancelled, LazyLLMError
 from lazyllm.models.loading import load_model, load_tokenizer
 from lazyllm.pipeline import LazyPipeline
-from lazyllm.serving.engine import Engine, EngineLimits, EngineStats
+from lazyllm.serving.engine import Engine, EngineLimits, EngineStats, Ticket
 from lazyllm.serving.jobs import LAST, Event, Job, JobFailed
 from lazyllm.serving.replicas.routing import beginnings
+
+EARLY = 2**14
+"""How many orders are remembered that were given up before they came."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,15 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Order:
-    """A job on its way to a replica."""
+    """A job on its way to a replica.
+
+    Attributes:
+        job: what is to be done.
+        id: by which the order can be given up wherever it is.
+    """
 
     job: Job
+    id: str = field(default_factory=lambda: uuid4().hex)
 
     @cached_property
     def beginnings(self) -> tuple[int, ...]:
@@ -69,9 +80,14 @@ class Replica:
     def __init__(self, source: ModelSource, configs: Mapping[str, LazyConfig], limits: EngineLimits) -> None:
         loaded = source.load()
         self._engine = Engine({name: LazyPipeline.from_config(one, *loaded) for name, one in configs.items()}, limits)
+        self._tickets: dict[str, Ticket] = {}
+        self._early: deque[str] = deque(maxlen=EARLY)
 
     async def run(self, order: Order) -> AsyncIterator[Event]:
         """What comes of a job; it is given up when nobody asks for more."""
+        if order.id in self._early:
+            yield JobFailed(Cancelled("the job was given up"))
+            return
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -79,7 +95,7 @@ class Replica:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            ticket = self._engine.submit(order.job, deliver)
+            ticket = self._tickets[order.id] = self._engine.submit(order.job, deliver)
         except LazyLLMError as error:
             yield JobFailed(error)
             return
@@ -89,14 +105,23 @@ class Replica:
             yield _sendable(event)
         finally:
             ticket.cancel()
+            del self._tickets[order.id]
+
+    async def hear(self, given_up: Iterable[str]) -> EngineStats:
+        """Gives up orders, here or not yet here, and tells what it is doing and has done so far.
+
+        Ray's own cancelling is lost where it crosses the order's way.
+        """
+        for order in given_up:
+            if order in self._tickets:
+                self._tickets[order].cancel()
+            else:
+                self._early.append(order)
+        return self._engine.stats
 
     def words(self) -> int:
         """How many tokens the model knows."""
         return self._engine.words
-
-    def stats(self) -> EngineStats:
-        """What it is doing, and has done so far."""
-        return self._engine.stats
 
     def check_health(self) -> None:
         """Asked by Ray from time to time.
