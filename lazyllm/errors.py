@@ -58,6 +58,10 @@ class TooLong(InputError):
     """A prompt and its reply need more positions than the model has."""
 
 
+class DocumentGone(InputError):
+    """A document that an engine was asked for is not loaded, or no more."""
+
+
 class MissingExtra(InputError, ImportError):
     """A package is not installed that only some uses need; the message names the extra that has it."""
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from lazyllm import DropCache, LastTokenAttention, LazyPipeline, Stages
-from lazyllm.errors import Cancelled, Closed, InputError, QueueFull, TooLong
+from lazyllm.errors import Cancelled, Closed, DocumentGone, QueueFull, TooLong
 from lazyllm.serving.engine import EngineLimits, EngineStats
 from lazyllm.serving.jobs import Delta, Depths, DocumentLoaded, Event, Job, JobEnd, JobFailed, Logprob, ReplyEnd, Usage
 from tests.talks import pipeline, tokenizer
@@ -146,7 +146,7 @@ class FakeEngine:
 
     def document(self, name: str) -> Any:
         if name not in self.documents:
-            raise InputError(f"there is no document {name!r}")
+            raise DocumentGone(f"there is no document {name!r}")
         return self.documents[name]
 
     def _start(self, run: Run, script: Script) -> Run:

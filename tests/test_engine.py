@@ -28,7 +28,7 @@ from lazyllm import (
     UpdateNorm,
     WindowAttention,
 )
-from lazyllm.errors import Cancelled, Closed, QueueFull, TooLong
+from lazyllm.errors import Cancelled, Closed, DocumentGone, QueueFull, TooLong
 from lazyllm.serving import engine as engine_module
 from lazyllm.serving.engine import Engine
 from lazyllm.serving.jobs import Delta, Depths, DocumentLoaded, JobEnd, JobFailed, ReplyEnd, Sampling
@@ -343,7 +343,7 @@ def test_what_cannot_be_done_is_refused_at_once():
             engine.submit(job(prompt, policy="frist"), Listener())
         with pytest.raises(InputError, match="a job has 1 to 2 replies here, not 3"):
             engine.submit(job(prompt, replies=3), Listener())
-        with pytest.raises(InputError, match="there is no document 'doc-1'"):
+        with pytest.raises(DocumentGone, match="there is no document 'doc-1'"):
             engine.submit(job(prompt, document="doc-1"), Listener())
         with pytest.raises(InputError, match="token id 96 is none of this model, which has 0 to 95"):
             engine.submit(job(pipe.encode([4, 96])), Listener())
@@ -544,7 +544,7 @@ def test_documents_leave_when_there_is_no_room():
             listener = Listener()
             engine.load([DOCUMENT], listener)
             names.append(listener.wait(DocumentLoaded).document)
-        with pytest.raises(InputError, match="no document"):
+        with pytest.raises(DocumentGone, match="no document"):
             engine.document(names[0])
         assert engine.stats.documents == 2
         assert engine.stats.document_bytes <= 2.5 * size

@@ -5,9 +5,9 @@ import logging
 
 import pytest
 
-from lazyllm.errors import Closed
+from lazyllm.errors import Closed, DocumentGone
 from lazyllm.serving.http.log import JsonLines
-from lazyllm.serving.jobs import Delta
+from lazyllm.serving.jobs import Delta, JobFailed
 from tests.fake_engine import FakeEngine, scripted
 from tests.servers import CHAT, CHATS, DOCUMENTS, TEXT, TEXTS, client_of, events
 
@@ -286,6 +286,13 @@ def test_a_question_has_the_policy_of_its_document(client, engine):
     name = client.post(DOCUMENTS, json={"texts": ["w1 w2"], "policy": "dense"}).json()["id"]
     assert client.post(CHATS, json={**CHAT, "lazyllm": {"document": name}}).json()["model"] == "tiny:dense"
     assert engine.runs[-1].job.policy == "dense"
+
+
+def test_a_document_may_leave_before_its_question_is_done(client, engine):
+    name = client.post(DOCUMENTS, json={"texts": ["w1 w2"]}).json()["id"]
+    engine.script = lambda run: run.tell(JobFailed(DocumentGone(f"there is no document {name!r}")))
+    asked = client.post(CHATS, json={**CHAT, "lazyllm": {"document": name}})
+    refused(asked, 404, name, code="document_not_found", param="lazyllm.document")
 
 
 def test_documents_are_refused_clearly(client):

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
+from lazyllm import LazyLLMError, errors
 from tests.pages import chromium, overflows, window
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+SEARCH_MILLISECONDS = 120_000
+"""The index is read by a worker of the browser, which may wait long on a busy machine."""
 LOOKED_AT = ["index.html", "tutorial.html", "performance.html", "api/pipeline.html", "repository/index.html"]
 
 
@@ -156,8 +159,16 @@ def test_pages_fit_and_ask_nobody_else(browser, address: str, dark: bool, width:
             assert {url for url in requests if not url.startswith((address, "data:"))} == set(), page
 
 
+def test_the_page_of_errors_has_each_of_them():
+    page = (ROOT / "docs/api/errors.md").read_text()
+    told = re.findall(r"^[│├└─ ]*([A-Z]\w+)(?: |$)", page.split("```")[1], re.MULTILINE)
+    explained = re.findall(r"^::: lazyllm\.(?:errors\.)?(\w+)$", page, re.MULTILINE)
+    defined = [name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, LazyLLMError)]
+    assert sorted(told) == sorted(explained) == sorted(defined)
+
+
 def test_the_search_finds_a_word(browser, address: str):
     with window(browser, address + "index.html") as (view, faults, _):
         view.locator("input[name=query]").fill("revived")
-        view.locator(".md-search-result__link").first.wait_for(state="attached")
+        view.locator(".md-search-result__link").first.wait_for(state="attached", timeout=SEARCH_MILLISECONDS)
         assert faults == []

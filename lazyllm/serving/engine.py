@@ -16,7 +16,7 @@ from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback, PieceEnd
 from lazyllm.contexts.documents import Document
 from lazyllm.contexts.prefixes import PrefixCache
-from lazyllm.errors import Cancelled, Closed, ConfigError, InputError, QueueFull, TooLong
+from lazyllm.errors import Cancelled, Closed, ConfigError, DocumentGone, InputError, QueueFull, TooLong
 from lazyllm.generation.options import Options
 from lazyllm.models.families import input_device
 from lazyllm.pipeline import LazyPipeline
@@ -143,7 +143,8 @@ class Engine(NamedPipelines):
         Raises:
             QueueFull: when as many jobs wait as may.
             TooLong: when the prompt and `max_tokens` need more positions than the model has.
-            InputError: when it cannot be done, or the document is not loaded (any more).
+            DocumentGone: when its document is not loaded (any more).
+            InputError: when it cannot be done.
             Closed: when the engine is closed, or closing.
         """
         self._check(job)
@@ -171,7 +172,7 @@ class Engine(NamedPipelines):
         """A loaded document, whose `prompt(question)` a job with its id needs.
 
         Raises:
-            InputError: when it is not loaded (any more).
+            DocumentGone: when it is not loaded (any more).
         """
         return self._shelf.get(name)
 
@@ -503,7 +504,7 @@ class Engine(NamedPipelines):
         """Leaves with a document what a question has taken deeper."""
         try:
             document = self.document(name).fork()
-        except InputError:
+        except DocumentGone:
             return  # it had to leave meanwhile
         cache.crop(len(document) - cache.columns)
         document.cache = cache

@@ -6,7 +6,7 @@ import secrets
 import threading
 
 from lazyllm.contexts.documents import Document
-from lazyllm.errors import InputError
+from lazyllm.errors import DocumentGone, InputError
 
 
 class Shelf:
@@ -41,12 +41,12 @@ class Shelf:
         """A document, which is the one used last now.
 
         Raises:
-            InputError: when there is none of that id, or no more.
+            DocumentGone: when there is none of that id, or no more.
         """
         with self._lock:
             document = self._documents.pop(name, None)
             if document is None:
-                raise InputError(f"there is no document {name[:60]!r} (any more); load it (again)")
+                raise DocumentGone(f"there is no document {name[:60]!r} (any more); load it (again)")
             self._documents[name] = document
             return document
 

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from lazyllm.pages.pieces import prompt_pieces
 from lazyllm.prompts import EncodedPrompt
 from lazyllm.serving.http.answers import Asked, Prepared, answer
-from lazyllm.serving.http.checks import check_sampling, document_named, policy_of_document
+from lazyllm.serving.http.checks import check_sampling, policy_of_document
 from lazyllm.serving.http.errors import Json
 from lazyllm.serving.http.replies import Reply, bytes_of, clipped
 from lazyllm.serving.http.schema import ChatRequest
@@ -50,7 +50,7 @@ def _encoded(service: Service, body: ChatRequest, policy: str) -> EncodedPrompt:
     if document is None:
         messages = [message.for_template for message in body.messages]
         return service.engine.encode(messages, policy=policy, query=query)
-    return document_named(service, document).prompt(body.messages[0].content, query=query)
+    return service.engine.document(document).prompt(body.messages[0].content, query=query)
 
 
 class ChatShape:

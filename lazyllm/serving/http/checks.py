@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lazyllm.contexts.documents import Document
-from lazyllm.errors import InputError
 from lazyllm.serving.http.errors import ApiError
 from lazyllm.serving.http.service import Service
 from lazyllm.serving.jobs import Sampling
@@ -35,24 +33,12 @@ def check_tokens(service: Service, tokens: Iterable[int], *, param: str) -> None
         raise ApiError(400, f"tokens have ids from 0 to {known - 1}, not {unknown}", param=param, code="unknown_token")
 
 
-def document_named(service: Service, name: str) -> Document:
-    """A loaded document.
-
-    Raises:
-        ApiError: when it is not loaded, or no more.
-    """
-    try:
-        return service.engine.document(name)
-    except InputError as error:
-        raise ApiError(404, str(error), param="lazyllm.document", code="document_not_found") from None
-
-
 def policy_of_document(service: Service, name: str) -> str:
     """The policy a document was loaded with.
 
     Raises:
-        ApiError: when it is not loaded, or no more.
+        DocumentGone: when it is not loaded, or no more.
     """
-    pipe, engine = document_named(service, name).pipe, service.engine
+    pipe, engine = service.engine.document(name).pipe, service.engine
     own = (policy for policy in engine.policies if engine.pipeline(policy) is pipe)
     return next(own, service.names.default)

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from lazyllm.errors import Closed, ConfigError, InputError, QueueFull, ReplicaLost, TooLong
+from lazyllm.errors import Closed, ConfigError, DocumentGone, InputError, QueueFull, ReplicaLost, TooLong
 
 Json: TypeAlias = dict[str, Any]
 
@@ -82,6 +82,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(503, str(error), kind="service_unavailable_error", code="shutting_down")
         case ReplicaLost():
             return ApiError(503, str(error), kind="service_unavailable_error", code="replica_lost")
+        case DocumentGone():
+            return ApiError(404, str(error), param="lazyllm.document", code="document_not_found")
         case TooLong():
             return ApiError(400, str(error), code="context_length_exceeded")
         case InputError() | ConfigError():
