@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -137,14 +137,14 @@ def forced_logits(contender: Contender, prompt: Prompt, tokens: Sequence[int]) -
     """The logits [n, vocabulary] before each of `tokens` [n], which follow the prompt whatever the contender says."""
     encoded = contender.pipe.encode(prompt)
     with contender.running(encoded) as (model, cache, _):
-        return torch.stack(list(_forced(model, cache, _first_logits(model, cache, encoded), tokens)))
+        return _said(model, cache, _forced(_first_logits(model, cache, encoded), tokens)).logits
 
 
 @torch.no_grad()
 def dense_run(stock: Contender, item: Item) -> DenseRun:
     """The reply that others are compared with, for `judge`; made once per item."""
     with _at_the_reply(stock, item) as start:
-        reply = _greedy(start, item)
+        reply = _said(start.model, start.cache, _greedy(start, item))
         return _dense_run(start.decode(reply.tokens), reply)
 
 
@@ -175,9 +175,8 @@ def _judged(
 ) -> tuple[Verdict, _Reply]:
     with _at_the_reply(contender, item) as start:
         wanted = list(reference) if reference is not None else _reference(start.tokenizer, item)
-        reply = _greedy(start.fork(), item)
-        along = _force(start.fork(), dense.reply) if dense is not None else None
-        forced = _force(start, wanted or reply.tokens)
+        reply, along = _greedy_and_along(start, item, dense)
+        forced = _said(start.model, start.cache, _forced(start.logits, wanted or reply.tokens))
         held = _held_bytes(start.cache)
         text = start.decode(reply.tokens)
     verdict = Verdict(
@@ -196,6 +195,17 @@ def _judged(
         growth=reply.growth,
     )
     return (verdict if dense is None or along is None else _beside(verdict, dense, along.logits)), reply
+
+
+def _greedy_and_along(start: _Start, item: Item, dense: DenseRun | None) -> tuple[_Reply, _Forced | None]:
+    """The greedy reply, and what came of forcing the dense one, which go on side by side; `start` stays as it is."""
+    own = start.fork()
+    if dense is None:
+        return _said(own.model, own.cache, _greedy(own, item)), None
+    other = start.fork()
+    return tuple(
+        _said_together(start.model, [own.cache, other.cache], [_greedy(own, item), _forced(start.logits, dense.reply)])
+    )
 
 
 def _dense_run(text: str, reply: _Reply) -> DenseRun:
@@ -284,7 +294,7 @@ def _second_turn(contender: Contender, start: _Start, encoded: EncodedPrompt, it
     """Answers the first question, asks the second one on the same cache, and stops before its answer."""
     model, cache, tokenizer = start.model, start.cache, start.tokenizer
     ends = _ends(model, tokenizer)
-    reply = _greedy(start, replace(item, answers=())).tokens
+    reply = _said(model, cache, _greedy(start, replace(item, answers=()))).tokens
     said = [token for token in reply if token not in ends]
     if not said:  # an empty first answer: say something, so that the turn has a text
         said = tokenizer("-", add_special_tokens=False)["input_ids"]
@@ -351,12 +361,46 @@ def _say(model: Any, cache: Any, tokens: Sequence[int]) -> Tensor:
     return cast(Tensor, logits)
 
 
-def _forced(model: Any, cache: Any, logits: Tensor, tokens: Sequence[int]) -> Iterator[Tensor]:
-    """The logits [n] before each of `tokens`, given those before the first."""
-    for token in tokens[:-1]:
-        yield logits
-        logits = _say(model, cache, [token])
-    yield logits
+Result = TypeVar("Result")
+Saying: TypeAlias = Generator[int, Tensor, Result]
+"""A reply in the making: it gives the token to say next, is sent the logits [vocabulary] behind it, and returns."""
+
+
+def _said(model: Any, cache: Any, saying: Saying[Result]) -> Result:
+    """What came of a reply."""
+    return cast(Result, _said_together(model, [cache], [saying])[0])
+
+
+def _said_together(model: Any, caches: Sequence[Any], sayings: Sequence[Saying[Any]]) -> list[Any]:
+    """What came of several replies, each with a cache of its own; a step says a token of each."""
+    next_tokens: dict[int, int] = {}
+    results: dict[int, Any] = {}
+
+    def go_on(index: int, logits: Tensor | None) -> None:
+        try:
+            next_tokens[index] = sayings[index].send(logits)  # type: ignore[arg-type]  # None begins
+        except StopIteration as end:
+            next_tokens.pop(index, None)
+            results[index] = end.value
+
+    for index in range(len(sayings)):
+        go_on(index, None)
+    while next_tokens:
+        going = list(next_tokens)
+        logits = _step(model, [caches[index] for index in going], [next_tokens[index] for index in going])
+        for index, own in zip(going, logits, strict=True):
+            go_on(index, own)
+    return [results[index] for index in range(len(sayings))]
+
+
+def _step(model: Any, caches: Sequence[Any], tokens: Sequence[int]) -> Tensor:
+    """Feeds each cache its token; the logits [b, vocabulary] behind them."""
+    if len(caches) == 1 or not all(isinstance(cache, LazyCache) for cache in caches):
+        return torch.stack([_say(model, cache, [token]) for cache, token in zip(caches, tokens, strict=True)])
+    ids = torch.tensor([[token] for token in tokens], device=model.device)
+    positions = torch.tensor([[cache.get_seq_length()] for cache in caches], device=model.device)
+    output = model(ids, position_ids=positions, past_key_values=LazyCache.beside(caches))
+    return cast(Tensor, output.logits[:, -1])
 
 
 @dataclass(frozen=True)
@@ -378,13 +422,15 @@ class _Forced:
         return median(self.seconds) if self.seconds else None
 
 
-def _force(start: _Start, tokens: Sequence[int]) -> _Forced:
-    """Lets the run say `tokens`, whatever it would have said."""
+def _forced(logits: Tensor, tokens: Sequence[int]) -> Saying[_Forced]:
+    """Says `tokens`, whatever the run would have said, given the logits [vocabulary] before the first."""
     total, before, clock = 0.0, [], []
-    for token, logits in zip(tokens, _forced(start.model, start.cache, start.logits, tokens), strict=True):
+    for token in tokens:
         total -= float(logits.float().log_softmax(-1)[token])
         clock.append(time.perf_counter())
         before.append(logits)
+        if len(before) < len(tokens):
+            logits = yield token
     return _Forced(total / len(tokens), before, [late - early for early, late in pairwise(clock)])
 
 
@@ -402,12 +448,12 @@ class _Reply:
     growth: list[list[float]]
 
 
-def _greedy(start: _Start, item: Item) -> _Reply:
-    """The greedy reply, cut when it is right or at an end token."""
+def _greedy(start: _Start, item: Item) -> Saying[_Reply]:
+    """Says what is likeliest, until the reply is right or at an end token."""
     ends, logits, context = _ends(start.model, start.tokenizer), [start.logits], start.cache.get_seq_length()
     reply, growth = [int(start.logits.argmax())], [_computed_shares(start.cache, context)]
     while len(reply) < item.new_tokens and reply[-1] not in ends and not item.is_done(start.decode(reply)):
-        logits.append(_say(start.model, start.cache, reply[-1:]))
+        logits.append((yield reply[-1]))
         reply.append(int(logits[-1].argmax()))
         growth.append(_computed_shares(start.cache, context))
     return _Reply(reply, logits, [shares for shares in growth if shares])
