@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 
 from lazyllm import ConfigError, InputError
 from lazyllm.ablation import Study
@@ -15,6 +16,7 @@ from lazyllm.ablation.drawing import draw, save_figure, svg_of
 from lazyllm.ablation.figures import Figure
 from lazyllm.ablation.measures import MEASURES
 from lazyllm.ablation.results import Results
+from lazyllm.pages.drawing import page_style
 from tests.studies import load, small
 
 SWEEP = {"field": "schedule", "sweep": "Stages({LAYER: KEEP})", "layer": [0, 1], "keep": [0.2, 0.6]}
@@ -64,6 +66,16 @@ def test_curves_hold_the_numbers_of_the_lines(results: Results, measure: str):
             )
             assert len(wanted) == 4
             assert np.allclose(sorted(points.tolist()), wanted)
+
+
+def test_no_two_of_many_curves_look_alike(tmp_path):
+    recent = {"field": "protect.recent", "name": "recent", "values": list(range(1, 13))}
+    results = small(tasks={"records": 1}, axes=[recent]).run(tmp_path, load=load)
+    with page_style():
+        axes = draw(results, Figure(kind="front", x="computed_fraction", y="loss", by="recent")).axes[0]
+        points = [container.lines[0] for container in axes.containers]
+        looks = {(to_hex(point.get_color()), point.get_marker()) for point in points}
+    assert len(looks) == len(points) == 12
 
 
 def test_a_map_has_a_field_for_every_pair_of_labels(results: Results):

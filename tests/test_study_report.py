@@ -95,6 +95,14 @@ def test_a_page_names_the_device_of_the_run_not_that_of_the_reader(folder):
     assert report_data(elsewhere, study).conditions.startswith("tiny, float64, cuda, 300 tokens")
 
 
+def test_a_page_names_all_lengths_and_tasks_it_has(tmp_path):
+    lengths = {"field": "tokens", "values": [300, 350]}
+    study = small(axes=[lengths, {"field": "tasks", "values": [{"records": 2}, {"code": 1}]}], tasks={"records": 1})
+    told = report_data(study.run(tmp_path, load=load), study).conditions
+    assert "300 and 350 tokens" in told
+    assert "2 x records, 1 x code;" in told
+
+
 def test_a_study_that_has_only_begun_has_a_page_without_figures(folder):
     results, study = Results.load(folder), Study.load(folder / STUDY)
     begun = Results(results.plan, [record for record in results.records if record.cell == "stock"], results.items)

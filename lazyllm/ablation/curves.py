@@ -16,7 +16,8 @@ from lazyllm.evaluation.statistics import Effect
 if TYPE_CHECKING:
     from lazyllm.ablation.plan import CellFacts
 
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*<"
+"""One more than there are colours, so that colour and marker together come again only after all of their pairs."""
 
 Points = Sequence[tuple[Line, "CellFacts"]]
 """Lines, each with its cell."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def report_data(results: Results, study: Study, folder: Path | None = None, *, i
     can_draw = any(not cells[line.cell].is_stock for line in lines)
     return ReportData(
         title=study.name,
-        conditions=_conditions(results, study, lines),
+        conditions=_conditions(results, lines),
         axes=_axes(results),
         columns=_columns(),
         rows=[_row(line, cells[line.cell]) for line in lines],
@@ -76,16 +75,32 @@ def _command(study: Study, folder: Path | None) -> str:
     return shlex.join(["lazyllm", "ablate", str(folder / STUDY), *elsewhere])
 
 
-def _conditions(results: Results, study: Study, lines: list[Line]) -> str:
+def _conditions(results: Results, lines: list[Line]) -> str:
+    """What was run under which settings, and what the numbers are."""
     counts = sorted({line.items for line in lines}) or [0]
     items = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    model = ", ".join(filter(None, (_told(results, name) for name in ("model", "dtype", "weights", "device"))))
+    tokens, question, seed = (_told(results, name) for name in ("tokens", "question", "seed"))
     _, own, torch, transformers = versions()
-    devices = dict.fromkeys(str(cell.setting["device"]) for cell in results.plan.cells.values())
-    setting = replace(study.setting, ref=replace(study.setting.ref, device=" and ".join(devices)))
     return (
-        f"{setting}; {items} items with results per row, paired with the unmodified model's; 95 % intervals; "
+        f"{model}, {tokens} tokens, question {question}, seed {seed}: {_tasks(results)}; "
+        f"{items} items with results per row, paired with the unmodified model's; 95 % intervals; "
         f"lazyllm {own}, torch {torch}, transformers {transformers}."
     )
+
+
+def _told(results: Results, name: str) -> str:
+    """All that a field of the settings is in the cells of a study."""
+    values = (cell.setting[name] for cell in results.plan.cells.values())
+    return " and ".join(dict.fromkeys(str(value) for value in values if value is not None))
+
+
+def _tasks(results: Results) -> str:
+    """How many items of each task there are."""
+    counts: dict[str, int] = {}
+    for place in results.plan.places:
+        counts[place.task] = max(counts.get(place.task, 0), place.index + 1)
+    return ", ".join(f"{count} x {task}" for task, count in counts.items())
 
 
 def _columns() -> list[Column]:
