@@ -17,7 +17,7 @@ from lazyllm.serving.jobs import Delta, Job, JobEnd, Usage
 from lazyllm.serving.replicas import remote
 from lazyllm.serving.replicas.remote import RemoteEngine, total
 from lazyllm.serving.replicas.routing import BLOCK_TOKENS, Memory, PrefixRouter, beginnings
-from tests.jobs import PATIENCE, Listener
+from tests.jobs import PATIENCE, Listener, soon
 
 IDS = st.lists(st.integers(0, 3), max_size=5 * BLOCK_TOKENS)
 ASKED = Job(EncodedPrompt([1, 2, 3], PromptMarks()))
@@ -146,6 +146,7 @@ class Handle:
 
     def __init__(self, *streams, stats=()):
         self.streams, self.taken, self.stats = [Stream(says) for says in streams], 0, list(stats)
+        self.heard = []
 
     def options(self, stream):
         assert stream
@@ -159,11 +160,12 @@ class Handle:
         self.taken += 1
         return self.streams[self.taken - 1]
 
-    def broadcast(self, method):
+    def broadcast(self, method, given_up):
         async def results(**_):
+            self.heard.append(given_up)
             return self.stats
 
-        assert method == "stats"
+        assert method == "hear"
         return SimpleNamespace(results_async=results)
 
 
@@ -246,6 +248,24 @@ def test_giving_up_reaches_the_replica(engine_on):
     assert engine._handle.streams[0].cancelled.wait(PATIENCE)
 
 
+def test_replicas_are_told_what_was_given_up_at_once_and_until_all_have_heard(engine_on, monkeypatch):
+    monkeypatch.setattr(remote, "WATCH_SECONDS", 10 * PATIENCE)
+    engine = engine_on([Delta(0, "half "), "wait"], stats=[total([]), lost()])
+    listener = Listener()
+    ticket = engine.submit(ASKED, listener)
+    listener.wait(Delta)
+    ticket.cancel()
+    handle = engine._handle
+    soon(lambda: any(handle.heard))
+    told(engine)
+    assert len(handle.heard[-1]) == 1
+    handle.stats = [total([]), total([])]
+    told(engine)
+    assert len(handle.heard[-1]) == 1
+    told(engine)
+    assert handle.heard[-1] == frozenset()
+
+
 def test_closing_waits_for_jobs_and_then_ends_them(engine_on):
     engine = engine_on([Delta(0, "half "), "wait"])
     listener = heard(engine)
@@ -284,5 +304,5 @@ def test_it_takes_jobs_only_while_there_is_a_replica(engine_on):
 
 
 def told(engine):
-    asyncio.run_coroutine_threadsafe(engine._look(), engine._loop).result(PATIENCE)
+    asyncio.run_coroutine_threadsafe(engine._talk(), engine._loop).result(PATIENCE)
     return engine.is_open
