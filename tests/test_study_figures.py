@@ -72,10 +72,22 @@ def test_no_two_of_many_curves_look_alike(tmp_path):
     recent = {"field": "protect.recent", "name": "recent", "values": list(range(1, 13))}
     results = small(tasks={"records": 1}, axes=[recent]).run(tmp_path, load=load)
     with page_style():
-        axes = draw(results, Figure(kind="front", x="computed_fraction", y="loss", by="recent")).axes[0]
+        drawing = draw(results, Figure(kind="front", x="computed_fraction", y="loss", by="recent"))
+        axes = drawing.axes[0]
         points = [container.lines[0] for container in axes.containers]
         looks = {(to_hex(point.get_color()), point.get_marker()) for point in points}
     assert len(looks) == len(points) == 12
+    names = [text.get_text() for text in drawing.legends[0].get_texts()]
+    assert set(map(str, range(1, 13))) <= set(names)
+    assert axes.get_legend() is None
+
+
+def test_few_curves_are_named_in_their_panel(results: Results):
+    drawing = draw(results, Figure(kind="curves", x="keep", y="loss", by="method"))
+    assert drawing.legends == []
+    for axes in drawing.axes:
+        names = {text.get_text() for text in axes.get_legend().get_texts()}
+        assert names == {"recent", "ran<dom>", "unmodified"}
 
 
 def test_a_map_has_a_field_for_every_pair_of_labels(results: Results):

@@ -40,8 +40,6 @@ def draw_curves(axes: Any, figure: Figure, points: Points, stock: Line | None) -
     axes.set(xlabel=MEASURES[figure.x].title if figure.x in MEASURES else figure.x, ylabel=measure.title)
     _scale(axes, figure.x, ticks)
     _keep_to_estimates(axes, [effect for line, _ in points if (effect := measure.read(line)) is not None])
-    if axes.get_legend_handles_labels()[0]:  # a task without this measure has nothing to name
-        axes.legend(loc="best", fontsize=7)
 
 
 def _scale(axes: Any, x: str, ticks: Mapping[str, float] | None) -> None:

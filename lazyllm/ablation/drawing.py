@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 PANEL = (4.8, 3.8)
 """Inches of one panel."""
+ROW = 3
+"""Panels side by side."""
+FEW_CURVES = 6
+"""That a panel has room to name."""
+LEGEND_COLUMNS = 3
+"""Names in a line of the legend, for each panel above it."""
 
 
 def draw(results: Results, figure: Figure) -> Drawing:
@@ -70,7 +76,21 @@ def _tasks(results: Results, figure: Figure) -> Drawing:
             draw_map(axes, figure, own)
         else:
             draw_curves(axes, figure, own, _stock_of(results, task))
+    _name_curves(drawing, panels)
     return drawing
+
+
+def _name_curves(drawing: Drawing, panels: Sequence[Any]) -> None:
+    """In each panel where they are few, else below all of them, which then share the names."""
+    named = [axes.get_legend_handles_labels() for axes in panels]
+    shared = {label: handle for own in named for handle, label in zip(*own, strict=True)}
+    if len(shared) > FEW_CURVES:
+        columns = LEGEND_COLUMNS * min(ROW, len(panels))
+        drawing.legend(shared.values(), shared, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+        return
+    for axes, (handles, labels) in zip(panels, named, strict=True):
+        if labels:  # a task without this measure has nothing to name
+            axes.legend(handles, labels, loc="best", fontsize=7)
 
 
 def _growth(results: Results, figure: Figure) -> Drawing:
@@ -97,7 +117,7 @@ def _panel_of(line: Line) -> str:
 def _panels(count: int, title: str) -> tuple[Drawing, Sequence[Any]]:
     if not count:
         raise InputError("the study has no results to draw yet")
-    columns = min(3, count)
+    columns = min(ROW, count)
     rows = -(-count // columns)
     drawing = new_figure((PANEL[0] * columns, PANEL[1] * rows))
     panels = drawing.subplots(rows, columns, squeeze=False).flatten()
