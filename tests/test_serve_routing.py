@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from concurrent.futures import Future
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from tests.jobs import PATIENCE, Listener, soon
 
 IDS = st.lists(st.integers(0, 3), max_size=5 * BLOCK_TOKENS)
 ASKED = Job(EncodedPrompt([1, 2, 3], PromptMarks()))
+NUMBERS = map(str, count())
 END = JobEnd(Usage(1, 0, 1, 1.0, 0, 0.0, 0.0, 0.0))
 
 
@@ -61,10 +63,14 @@ class Router(PrefixRouter):
     def __init__(self, jobs, running=8):
         self.jobs = jobs
         self.initialize_state(running=running)
+        for replica, number in jobs.items():
+            for _ in range(number):
+                self.on_request_routed(asked([]), replica, None)
 
-    @property
-    def replica_queue_len_cache(self):
-        return self.jobs
+    def has_seen(self, blocks, replica):
+        request = asked(blocks)
+        self.on_request_routed(request, replica, None)
+        self.on_request_completed(replica, request.metadata.internal_request_id)
 
     def order(self, blocks=(), request=None):
         request = request or asked(blocks)
@@ -75,24 +81,26 @@ class Router(PrefixRouter):
 
 def asked(blocks):
     args = [SimpleNamespace(beginnings=tuple(blocks))]
-    return SimpleNamespace(args=args, future=Future(), routing_context=SimpleNamespace(should_backoff=False))
+    metadata = SimpleNamespace(internal_request_id=next(NUMBERS))
+    context = SimpleNamespace(should_backoff=False)
+    return SimpleNamespace(args=args, future=Future(), routing_context=context, metadata=metadata)
 
 
 def test_the_replica_with_the_fewest_jobs_is_the_first():
-    assert Router({"a": 3, "b": 1, "c": None}).order(range(4)) == ["c", "b", "a"]
+    assert Router({"a": 3, "b": 1, "c": 0}).order(range(4)) == ["c", "b", "a"]
 
 
 @pytest.mark.parametrize(("jobs", "first"), [(7, "a"), (9, "b")])
 def test_who_knows_the_whole_prompt_may_have_as_many_more_jobs_as_run_at_once(jobs, first):
     router = Router({"a": jobs, "b": 0}, running=8)
-    router.on_request_routed(asked(range(4)), "a", None)
+    router.has_seen(range(4), "a")
     assert router.order(range(4))[0] == first
 
 
 @pytest.mark.parametrize(("jobs", "first"), [(1, "a"), (3, "b")])
 def test_who_knows_a_quarter_of_it_may_have_a_quarter_of_that(jobs, first):
     router = Router({"a": jobs, "b": 0}, running=8)
-    router.on_request_routed(asked([0]), "a", None)
+    router.has_seen([0], "a")
     assert router.order(range(4))[0] == first
 
 
@@ -103,21 +111,29 @@ def test_a_burst_is_spread_though_none_of_it_has_arrived():
     assert firsts[0] != firsts[1]
 
 
-def test_what_was_cancelled_or_has_arrived_is_not_on_its_way():
-    router, requests = Router({"a": 0, "b": 1}), [asked([]) for _ in range(3)]
-    assert [router.order(request=one)[0] for one in requests[:1]] == ["a"]
+def test_what_was_cancelled_on_its_way_does_not_count():
+    router, requests = Router({"a": 0, "b": 1}), [asked([]) for _ in range(2)]
+    assert router.order(request=requests[0])[0] == "a"
     requests[0].future.cancel()
     assert router.order(request=requests[1])[0] == "a"
-    router.on_request_routed(requests[1], "a", None)
-    assert router.order(request=requests[2])[0] == "a"
+
+
+def test_a_job_counts_once_from_its_choice_to_its_end():
+    router, request = Router({"a": 0, "b": 2}), asked([])
+    assert router.order(request=request)[0] == "a"
+    router.on_request_routed(request, "a", None)
+    assert router.order(request=asked([]))[0] == "a"
+    assert router._jobs() == {"a": 1, "b": 2}  # the other one is gone, and its choice with it
+    router.on_request_completed("a", request.metadata.internal_request_id)
+    assert router._jobs() == {"b": 2}
 
 
 def test_what_asks_for_no_prompt_goes_anywhere():
-    router = Router({"a": 1, "b": 0})
-    request = SimpleNamespace(args=[], future=Future(), routing_context=SimpleNamespace(should_backoff=False))
-    router.on_request_routed(request, "a", None)
+    router, request = Router({"a": 1, "b": 0}), asked([])
+    request.args = []
     ranks = asyncio.run(router.choose_replicas([SimpleNamespace(replica_id=one) for one in "ab"], request))
     assert [replica.replica_id for (replica,) in ranks] == ["b", "a"]
+    router.on_request_routed(request, "b", None)
 
 
 # -- what becomes of it -----------------------------------------------------------------------------

@@ -64,38 +64,46 @@ class PrefixRouter(RequestRouter):
         self._running: int = kwargs["running"]
         self._memories: dict[ReplicaID, Memory] = {}
         self._chosen: WeakKeyDictionary[Any, ReplicaID] = WeakKeyDictionary()  # by future, of requests on their way
+        self._there: dict[str, ReplicaID] = {}  # by id, of requests that have arrived and not ended
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """All replicas, the best first; the next one is asked when one has no room."""
-        blocks, coming = _blocks(pending_request), self._coming()
+        blocks, jobs = _blocks(pending_request), self._jobs()
         shuffled = random.sample(candidate_replicas, len(candidate_replicas))
-        ranked = sorted(shuffled, key=lambda one: coming[one.replica_id] + self._cost(one.replica_id, blocks))
+        ranked = sorted(shuffled, key=lambda one: jobs[one.replica_id] - self._worth(one.replica_id, blocks))
         if pending_request is not None and ranked:
             pending_request.routing_context.should_backoff = True  # when all of them are full, wait
             self._chosen[pending_request.future] = ranked[0].replica_id
         return [[one] for one in ranked]
 
-    def _coming(self) -> Counter[ReplicaID]:
-        """Requests on their way to each replica, which do not count as its jobs before they have arrived."""
-        return Counter(replica for future, replica in self._chosen.items() if not future.cancelled())
+    def _jobs(self) -> Counter[ReplicaID]:
+        """Of each replica, those on their way to it and those that it has; what it says itself is late in a burst."""
+        coming = (replica for future, replica in self._chosen.items() if not future.cancelled())
+        return Counter((*coming, *self._there.values()))
 
-    def _cost(self, replica: ReplicaID, blocks: Sequence[int]) -> float:
-        jobs = self.replica_queue_len_cache.get(replica) or 0
+    def _worth(self, replica: ReplicaID, blocks: Sequence[int]) -> float:
+        """How many jobs a replica's knowledge of a prompt stands for."""
         memory = self._memories.get(replica)
-        return jobs - (self._running * memory.share(blocks) if memory else 0.0)
+        return self._running * memory.share(blocks) if memory else 0.0
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Remembers who has seen a prompt."""
+        """Remembers who has a request, and has seen its prompt."""
         self._chosen.pop(pending_request.future, None)
+        self._there[pending_request.metadata.internal_request_id] = replica_id
         if blocks := _blocks(pending_request):
             self._memories.setdefault(replica_id, Memory()).note(blocks)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Forgets a request that has ended."""
+        self._there.pop(internal_request_id, None)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Takes the replicas that there are now, and forgets those that are gone."""
         super().update_replicas(replicas)
         self._memories = {one: memory for one, memory in self._memories.items() if one in self.curr_replicas}
+        self._there = {request: one for request, one in self._there.items() if one in self.curr_replicas}
 
 
 def _blocks(request: PendingRequest | None) -> Sequence[int]:
