@@ -49,9 +49,9 @@ class Listener:
         return bool(self.of((JobEnd, JobFailed, DocumentLoaded)))
 
 
-def soon(condition: Callable[[], bool]) -> None:
+def soon(condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
     """Waits until something holds."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it does not come to that"
         time.sleep(0.01)
