@@ -78,11 +78,12 @@ def counts(engine):
     return [one for one in told if isinstance(one, EngineStats)]
 
 
-def started(engine, count, most=LONG):
+def started(engine, count, most=LONG, first=0):
     """Jobs that say something already."""
     listeners = [Listener() for _ in range(count)]
     tickets = [
-        engine.submit(job(engine.encode(ids(40, seed)), most), listener) for seed, listener in enumerate(listeners)
+        engine.submit(job(engine.encode(ids(40, seed)), most), listener)
+        for seed, listener in enumerate(listeners, first)
     ]
     for listener in listeners:
         listener.wait((Delta, JobFailed))
@@ -195,7 +196,7 @@ def test_a_replica_may_be_killed_under_load(settled):
     prompts = [settled.encode(ids(40, seed), policy="dense") for seed in range(300, 306)]
     asked = [job(prompt, 6, policy="dense") for prompt in prompts]
     expected = [run(settled, one).tokens() for one in asked]
-    running, _ = started(settled, 2)
+    running, _ = started(settled, 2, first=400)  # which no replica has seen, so that each gets one
     waiting = [Listener() for _ in asked]
     for one, listener in zip(asked, waiting, strict=True):
         settled.submit(one, listener)
