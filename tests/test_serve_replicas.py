@@ -18,7 +18,7 @@ from lazyllm.serving.engine import EngineStats
 from lazyllm.serving.jobs import Delta, JobEnd, JobFailed
 from lazyllm.serving.replicas import Cluster, ModelSource, replicated
 from lazyllm.serving.replicas.replica import Order, Replica
-from tests.jobs import Listener, job, run, soon
+from tests.jobs import PATIENCE, Listener, job, run, soon
 from tests.replicas import (
     CONFIGS,
     LIMITS,
@@ -32,7 +32,6 @@ from tests.replicas import (
 )
 from tests.servers import CHATS, DOCUMENTS, client_of
 
-PATIENCE = 60
 RECOVERY = 240
 """Seconds that Ray may take to see a loss and start a replica anew."""
 LONG = 20_000

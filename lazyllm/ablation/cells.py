@@ -36,9 +36,6 @@ class ModelRef:
     weights: str | None
     device: str
 
-    def __str__(self) -> str:
-        return ", ".join(part for part in (self.model, self.dtype, self.weights, self.device) if part)
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -61,10 +58,6 @@ class Setting:
     def to_dict(self) -> dict[str, Any]:
         """By the names of a study's fields."""
         return {**vars(self.ref), "tokens": self.tokens, "question": self.question, "seed": self.seed}
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count} x {task}" for task, count in self.tasks)
-        return f"{self.ref}, {self.tokens} tokens, question {self.question}, seed {self.seed}: {counts}"
 
 
 @dataclass(frozen=True)

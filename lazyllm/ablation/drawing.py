@@ -100,6 +100,7 @@ def _growth(results: Results, figure: Figure) -> Drawing:
     for axes, (cell, known) in zip(panels, shares.items(), strict=True):
         axes.set_title(cell)
         draw_growth(axes, known)
+    _name_curves(drawing, panels)
     return drawing
 
 

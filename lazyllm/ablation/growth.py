@@ -38,4 +38,3 @@ def draw_growth(axes: Any, known: Sequence[Growth]) -> None:
         mean = padded[:, :, band].mean(axis=(0, 2))
         axes.plot(mean, color=BAND_COLOURS[index], label=f"layers {band[0] + 1}-{band[-1] + 1}")
     axes.set(xlabel="tokens of the reply", ylabel="share of the prompt computed", ylim=(0, 1.02))
-    axes.legend(loc="best", fontsize=7)
