@@ -101,6 +101,9 @@ class ReplicaLost(ServingError):
 class Cancelled(ServingError):
     """The job was given up by whoever asked for it."""
 
+    def __init__(self, message: str = "the job was given up") -> None:
+        super().__init__(message)
+
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Message for an unknown name: shows it, the nearest one that exists, and all that exist."""

@@ -44,7 +44,7 @@ class Run:
     def __init__(self, job: Job | None, deliver: Callable[[Event], None]) -> None:
         self.job, self.deliver = job, deliver
         self.given_up, self.ended = threading.Event(), threading.Event()
-        self.reason: BaseException = Cancelled("the job was given up")
+        self.reason: BaseException = Cancelled()
 
     def cancel(self) -> None:
         self.given_up.set()

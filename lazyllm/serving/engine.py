@@ -91,7 +91,7 @@ class Ticket:
 
     def cancel(self) -> None:
         """Gives the job up: its memory is free after the running step or piece; it ends with `JobFailed`."""
-        self._task.reason = self._task.reason or Cancelled("the job was given up")
+        self._task.reason = self._task.reason or Cancelled()
         self._wake()
 
 
@@ -328,7 +328,7 @@ class Engine(NamedPipelines):
             self._batches[name] = [reply for reply in batch if reply.task is not task]
         if isinstance(task, PromptTask):
             task.replies = []  # whoever holds the ticket does not hold the cache
-        error = error or Cancelled("the job was given up")
+        error = error or Cancelled()
         self._count(task, "cancelled" if isinstance(error, Cancelled) else "failed")
         task.fail(error)
 

@@ -147,7 +147,7 @@ class RemoteEngine(NamedPipelines):
             await self._run(job, deliver)
         except asyncio.CancelledError:
             closed = Closed("the engine was closed before the job was done")
-            deliver(JobFailed(closed if self._closed else Cancelled("the job was given up")))
+            deliver(JobFailed(closed if self._closed else Cancelled()))
         except Exception as error:
             deliver(JobFailed(error))
 

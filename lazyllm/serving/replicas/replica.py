@@ -86,7 +86,7 @@ class Replica:
     async def run(self, order: Order) -> AsyncIterator[Event]:
         """What comes of a job; it is given up when nobody asks for more."""
         if order.id in self._early:
-            yield JobFailed(Cancelled("the job was given up"))
+            yield JobFailed(Cancelled())
             return
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
