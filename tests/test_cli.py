@@ -326,6 +326,16 @@ def test_python_m_lazyllm_is_the_same_command():
     assert done.stderr.startswith("lazyllm: unknown preset 'nope'")
 
 
+def test_policies_in_the_current_folder_are_found_and_hide_nothing(tmp_path):
+    (tmp_path / "my_policies.py").write_text("from lazyllm import Uniform\nclass Mine(Uniform): pass\n")
+    (tmp_path / "torch.py").write_text("raise SystemExit('found before what is installed')\n")
+    (tmp_path / "mine.yaml").write_text("scorer: {name: 'my_policies:Mine'}\n")
+    command = [str(Path(sys.executable).with_name("lazyllm")), "inspect-config", "mine.yaml", "--layers", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "my_policies:Mine" in done.stdout
+
+
 def test_a_pipeline_from_a_preset_takes_other_policies_one_by_one(folder):
     pipe = LazyPipeline.from_pretrained(folder, preset="recommended", schedule="Constant(0.5)")
     recommended = LazyConfig.preset("recommended")

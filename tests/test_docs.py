@@ -61,12 +61,12 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture
 def namespace(model, tokenizer, monkeypatch, tmp_path) -> dict:
-    """What the snippets of one page share: a module `my_policies` in an empty folder, and no checkpoint to load."""
-    monkeypatch.setattr("lazyllm.pipeline.load_model", lambda path, **_: (model, tokenizer))
+    """What the snippets of one page share: a module `my_policies` in an empty folder; all models are a small one."""
+    for user in ("pipeline", "models.loading"):
+        monkeypatch.setattr(f"lazyllm.{user}.load_model", lambda path, **_: (model, tokenizer))
     monkeypatch.chdir(tmp_path)
     module = ModuleType("my_policies")
     monkeypatch.setitem(sys.modules, "my_policies", module)
-    vars(module).update(model=model, tokenizer=tokenizer)
     return vars(module)
 
 
@@ -91,6 +91,16 @@ def test_every_policy_and_preset_has_a_row_in_the_readme(name: str):
 def test_the_readme_names_no_policy_that_is_gone():
     named = re.findall(r"^\| `([\w-]+)`", section(ROOT / "README.md", "Policies"), re.MULTILINE)
     assert set(named) == {*SCORERS, *SCHEDULES, *CACHES, *preset_names()}
+
+
+def test_the_layout_names_what_there_is():
+    named = set(re.findall(r"\w+(?:\.py|/)", section(ROOT / "README.md", "Layout")))
+    tops = [ROOT / name for name in ("lazyllm", "docs", "tests", "studies", "examples", "benchmarks")]
+    paths = [path for top in tops for path in (top, *top.rglob("*"))]
+    known = {path.name + "/" * path.is_dir() for path in paths}
+    assert not named - known, "gone"
+    rooms = {path.name + "/" * path.is_dir() for path in (ROOT / "lazyllm").iterdir() if path.name[0] not in "_."}
+    assert not rooms - {"py.typed"} - named, "not named"
 
 
 def section(page: Path, title: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -703,7 +704,8 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line; policies of one's own are also found in the current folder, after all that is installed."""
+    sys.path.append(os.getcwd())
     app()
 
 
