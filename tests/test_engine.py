@@ -1,6 +1,8 @@
 """The serving engine: replies of a batch are those of calls of their own, whatever joins, leaves or waits."""
 
+import os
 import threading
+import time
 import weakref
 
 import pytest
@@ -28,7 +30,9 @@ from lazyllm import (
     UpdateNorm,
     WindowAttention,
 )
+from lazyllm.allocator import give_back_free_memory
 from lazyllm.errors import Cancelled, Closed, DocumentGone, QueueFull, TooLong
+from lazyllm.evaluation.memory import STATM
 from lazyllm.serving import engine as engine_module
 from lazyllm.serving.engine import Engine
 from lazyllm.serving.jobs import Delta, Depths, DocumentLoaded, JobEnd, JobFailed, ReplyEnd, Sampling
@@ -447,6 +451,31 @@ def test_closing_at_once_ends_what_runs():
     running.wait(Delta)
     engine.close(timeout=0)
     assert isinstance(running.wait().error, Closed)
+
+
+def test_free_memory_is_given_back_once_when_there_is_nothing_to_do(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(engine_module, "give_back_free_memory", lambda: given_back.append(engine.stats.running))
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.05)
+    pipe = pipe_of()
+    with engine_of(pipe) as engine:
+        for jobs in (0, 1, 2):
+            if jobs:
+                run(engine, job(prompt_of(pipe, 12), 20))
+                soon(lambda jobs=jobs: len(given_back) >= jobs)
+            time.sleep(0.3)
+            assert given_back == [0] * jobs
+
+
+def test_memory_between_blocks_that_are_in_use_is_given_back():
+    if not STATM.exists():
+        pytest.skip("the system does not tell what a process holds")
+    blocks = [bytes(1) * 100_000 for _ in range(2000)]
+    del blocks[::2]
+    held = int(STATM.read_text().split()[1])
+    give_back_free_memory()
+    freed = (held - int(STATM.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE")
+    assert freed > 0.5 * 1000 * 100_000
 
 
 def test_other_threads_may_use_the_pipeline_meanwhile():

@@ -18,7 +18,7 @@ from .plan import KINDS, Talk
 from .servers import idle, metrics_of, resident_bytes
 from .verdicts import Comparison, Verdict, compare, judge
 
-SETTLING_SECONDS = 1.0
+SETTLING_SECONDS = 2.0
 SAMPLING_SECONDS = 0.1
 ALLOWED_GROWTH = 0.1
 """How much more memory than after warming up may be held in the end, beside what is kept of prompts."""

@@ -704,7 +704,7 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Runs the command line; policies of one's own are also found in the current folder, after all that is installed."""
+    """Runs the command line, which also finds policies in the current folder, after all that is installed."""
     sys.path.append(os.getcwd())
     app()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from lazyllm.allocator import give_back_free_memory, map_large_blocks
 from lazyllm.callbacks import Callback, LayerEnd, StepEnd
 from lazyllm.config import LazyConfig
 from lazyllm.errors import LazyLLMError
@@ -27,8 +27,6 @@ from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import TokenRange
 
 STATM = Path("/proc/self/statm")
-M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
-"""glibc's name for the size from which memory is mapped by itself, and so goes back to the system when it is freed."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def _load_and_measure(
     question: TokenRange | None,
     reply_tokens: int,
 ) -> Footprint:
-    _map_large_blocks()
+    map_large_blocks()
     with quiet_loading():
         model, _ = load_model(source, dtype=dtype_named(dtype))
     return measure_footprint(model.to(device), LazyConfig(**config), prompt, question, reply_tokens)
@@ -226,16 +224,5 @@ def held_bytes(device: torch.device) -> int | None:
         return torch.cuda.memory_allocated(device)
     if not STATM.exists():
         return None
-    if trim := _of_libc("malloc_trim"):
-        trim(0)
+    give_back_free_memory()
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _map_large_blocks() -> None:
-    if option := _of_libc("mallopt"):
-        option(M_MMAP_THRESHOLD, MMAP_BYTES)
-
-
-def _of_libc(name: str) -> Any:
-    """A function of the C library; None where it has none of that name."""
-    return getattr(ctypes.CDLL(None), name, None)

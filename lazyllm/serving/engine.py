@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lazyllm.allocator import give_back_free_memory
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback, PieceEnd
 from lazyllm.contexts.documents import Document
@@ -29,6 +30,8 @@ from lazyllm.serving.texts import ReplyText
 
 SHORTER = 4
 """A prompt goes before the one that is being computed when it has so many times fewer tokens."""
+IDLE_SECONDS = 0.5
+"""After so long with nothing to do the engine gives free memory back."""
 SNAPSHOT_SECONDS = 0.2
 """How old `stats` may be while replies are made."""
 
@@ -127,6 +130,7 @@ class Engine(NamedPipelines):
         self._step_ended, self._step_seconds = 0.0, 0.0
         self._pace: float | None = None
         self._held, self._held_at = (0, 0), 0.0
+        self._has_worked = False  # since free memory was given back
         self._thread = threading.Thread(target=self._work, name="lazyllm-engine", daemon=True)
         self._thread.start()
 
@@ -290,9 +294,11 @@ class Engine(NamedPipelines):
         with self._changed:
             if self._closing is not None:
                 return not self._waiting
-            if not self._waiting:
-                self._changed.wait()
-            return False
+            if self._waiting or self._changed.wait(IDLE_SECONDS if self._has_worked else None):
+                return False
+        give_back_free_memory()
+        self._has_worked = False
+        return False
 
     def _next(self, most_tokens: int = sys.maxsize) -> Task | None:
         """Takes a task of at most so many tokens from the queue, if there is room for its replies: the first one."""
@@ -344,6 +350,7 @@ class Engine(NamedPipelines):
     def _start(self, task: Task) -> None:
         """Computes the prompt of a task, whose replies then run, or its documents."""
         self._computing.append(task)
+        self._has_worked = True
         try:
             task.check()
             if isinstance(task, PromptTask):
