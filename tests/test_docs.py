@@ -94,7 +94,7 @@ def test_the_readme_names_no_policy_that_is_gone():
 
 
 def test_the_layout_names_what_there_is():
-    named = set(re.findall(r"\w+(?:\.py|/)", section(ROOT / "README.md", "Layout")))
+    named = set(re.findall(r"\b[a-z]\w*(?:\.py|/)", section(ROOT / "README.md", "Layout")))
     tops = [ROOT / name for name in ("lazyllm", "docs", "tests", "studies", "examples", "benchmarks")]
     paths = [path for top in tops for path in (top, *top.rglob("*"))]
     known = {path.name + "/" * path.is_dir() for path in paths}
