@@ -115,6 +115,17 @@ def test_nothing_is_added_where_all_pairs_differ_or_eight_do():
         assert (wide.high - wide.low > narrow.high - narrow.low) == is_wider
 
 
+def test_pairs_that_all_differ_by_the_same_say_as_little_as_those_that_never_differ():
+    base = np.array([0.25, 0.5, 1.0] * 5)
+    for pairs in (3, 15):
+        same, lost = (paired_difference(base[:pairs] - less, base[:pairs]) for less in (0.0, 0.2))
+        assert lost.estimate == pytest.approx(-0.2)
+        assert lost.high - lost.low == pytest.approx(same.high - same.low)
+    (row,) = compare_family({"tracing": {"dense": base[:3], "cell": base[:3] - 0.2}}, baseline="dense")
+    assert row.decision == "undecided", "three pairs decide nothing"
+    assert any("all but 0 of 3 differ alike" in text for text in row.warnings)
+
+
 def test_graded_scores_that_never_differ_say_as_little_as_outcomes_do():
     same = [0.25, 0.5, 0.75, 1.0] * 5
     effect = paired_difference(same, same)
@@ -298,7 +309,13 @@ def test_graded_values_of_which_hardly_any_differ_draw_a_warning(differing, warn
 def test_of_losses_the_lower_ones_are_better():
     rng = np.random.default_rng(0)
     losses = rng.exponential(size=60)
-    values = {"prose": {"dense": losses, "worse": losses + 0.3 + rng.normal(0, 0.05, 60), "near": losses + 0.001}}
+    values = {
+        "prose": {
+            "dense": losses,
+            "worse": losses + 0.3 + rng.normal(0, 0.05, 60),
+            "near": losses + rng.normal(0.001, 0.01, 60),
+        }
+    }
     worse, near = compare_family(values, baseline="dense", margin=0.05, lower_is_better=True)
     assert worse.difference.estimate == pytest.approx(0.3, abs=0.02)
     assert (worse.decision, near.decision) == ("inferior", "non-inferior")

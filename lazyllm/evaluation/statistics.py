@@ -27,13 +27,15 @@ MARGIN = 0.02
 FEW = 20
 """Below so many pairs a comparison says little, whatever it says."""
 FEW_DIFFERING = 8
-"""Below so many pairs that differ, graded differences are taken to be larger than those that were seen."""
+"""Below so many pairs that do not differ as most do, graded differences are taken to be larger than those seen."""
 RESAMPLES = 999
 EXACT_SIGNS = 13
 """Up to so many differences all patterns of signs are tried, above it `FLIPS` random ones."""
 FLIPS = 9_999
 ROUNDING = 1e-12
 """Values that differ by a smaller part are the same."""
+DIGITS = 12
+"""Behind the point, of differences that are the same."""
 
 Values = NDArray[np.float64]
 Decision = Literal["non-inferior", "inferior", "undecided"]
@@ -71,7 +73,8 @@ def mean_effect(values: ArrayLike) -> Effect:
 def paired_difference(mine: ArrayLike, theirs: ArrayLike) -> Effect:
     """The mean of `mine - theirs` [n]: Tango's interval where all are 0 or 1, else that of `graded_mean`.
 
-    Where hardly any graded pair differs, what has not been seen is not taken to be impossible: see `_unseen`.
+    Where hardly any graded pair differs, or nearly all by the same, what has not been seen is not taken to be
+    impossible: see `_unseen`.
     """
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
     if not is_binary(mine, theirs) or not mine.size:
@@ -84,9 +87,10 @@ def _unseen(mine: Values, theirs: Values) -> float:
 
     If none of many differs, it is that of one more pair won and one more lost, by as much as values can differ: by 1
     between scores from 0 to 1, by their range between others. With m that differ it is `(1 - m / 8) (1 - m / n)` of it,
-    so that nothing is added from `FEW_DIFFERING` on, or where all differ.
+    so that nothing is added from `FEW_DIFFERING` on, or where all differ. Pairs that all differ by the same say no more
+    than pairs that do not differ: m counts those that do not do as most, see `_apart`.
     """
-    differing = np.count_nonzero(mine != theirs)
+    differing = _apart(mine, theirs)
     if not mine.size or differing >= FEW_DIFFERING:
         return 0.0
     both = np.concatenate([mine, theirs])
@@ -181,6 +185,13 @@ def median_ratio(above: ArrayLike, below: ArrayLike) -> Effect:
 def is_binary(*values: Values) -> bool:
     """Whether nothing but 0 and 1 stands in any of them."""
     return all(bool(np.isin(one, (0.0, 1.0)).all()) for one in values)
+
+
+def _apart(mine: Values, theirs: Values) -> int:
+    """How many of `mine - theirs` [n] are not the commonest one; all where no two are alike."""
+    _, counts = np.unique((mine - theirs).round(DIGITS), return_counts=True)
+    alike = int(counts.max(initial=0))
+    return mine.size - alike if alike > 1 else mine.size
 
 
 # -- tests ---------------------------------------------------------------------------------------------
@@ -429,12 +440,12 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
         yield f"{excluded} of {pairs + excluded} pairs left out: a value is missing"
     if pairs < FEW:
         yield f"{pairs} pairs are too few to say anything; take {FEW} at least"
-    differing = int((mine != theirs).sum())
-    if differing < min(pairs, FEW_DIFFERING) and not is_binary(mine, theirs):
-        yield (
-            f"{differing} of {pairs} pairs differ; below {FEW_DIFFERING} the interval of graded values rests on how "
-            "far they can differ"
+    differing, apart = int((mine != theirs).sum()), _apart(mine, theirs)
+    if apart < min(pairs, FEW_DIFFERING) and not is_binary(mine, theirs):
+        alike = (
+            f"{differing} of {pairs} pairs differ" if apart == differing else f"all but {apart} of {pairs} differ alike"
         )
+        yield f"{alike}; below {FEW_DIFFERING} the interval of graded values rests on how far they can differ"
     if pairs > 1 and detectable > margin > 0:
         yield (
             f"{pairs} pairs find differences from {detectable:.2g} on, not the margin of {margin:.2g}; "
