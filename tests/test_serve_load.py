@@ -23,6 +23,7 @@ from lazyllm.errors import EngineError
 from lazyllm.serving.engine import Engine, EngineLimits
 from lazyllm.serving.jobs import Delta
 from tests.fake_engine import pipelines, scripted
+from tests.jobs import soon
 from tests.servers import serving
 from tests.talks import WORDS, tokenizer
 
@@ -322,7 +323,7 @@ def test_a_server_process_is_paused_and_ends(tmp_path):
         process = psutil.Process(server.pid)
         other = type("Other", (), {"pause": lambda self: None, "go_on": lambda self: None})()
         with servers.alone(other, [server, other]):
-            assert process.status() == psutil.STATUS_STOPPED
+            soon(lambda: process.status() == psutil.STATUS_STOPPED)  # a signal takes its time on a busy machine
         with servers.caller(server.url) as http:
             assert servers.answers(http, "/")
         assert servers.resident_bytes(server.pid) > 2**20
