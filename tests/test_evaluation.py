@@ -376,7 +376,8 @@ def test_the_comparison_is_paired():
     mine = [verdict(1.5, True, 2.0, [1, 2]), verdict(2.5, True, 2.0, [1, 3]), verdict(3.5, False, 2.0, [3, 3, 3])]
     line = line_of("made", "mine", mine, stock)
     assert (line.won, line.lost, line.score, line.p_value) == (1, 1, 2 / 3, 1.0)
-    assert (line.loss_change.estimate, line.loss_change.low, line.loss_change.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert line.loss_change.estimate == pytest.approx(0.5)
+    assert line.loss_change.low < 0 < line.loss_change.high, "three that are alike decide nothing"
     assert line.speedup.estimate == 3.0
     assert 2.0 <= line.speedup.low <= line.speedup.high <= 4.0
     assert line.agreement == pytest.approx(0.5)
