@@ -1,6 +1,7 @@
 """The serving engine: replies of a batch are those of calls of their own, whatever joins, leaves or waits."""
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.load.servers import resident_bytes
 from lazyllm import (
     AuxCache,
     CacheError,
@@ -32,7 +34,6 @@ from lazyllm import (
 )
 from lazyllm.allocator import give_back_free_memory
 from lazyllm.errors import Cancelled, Closed, DocumentGone, QueueFull, TooLong
-from lazyllm.evaluation.memory import STATM
 from lazyllm.serving import engine as engine_module
 from lazyllm.serving.engine import Engine
 from lazyllm.serving.jobs import Delta, Depths, DocumentLoaded, JobEnd, JobFailed, ReplyEnd, Sampling
@@ -467,15 +468,13 @@ def test_free_memory_is_given_back_once_when_there_is_nothing_to_do(monkeypatch)
             assert given_back == [0] * jobs
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is asked")
 def test_memory_between_blocks_that_are_in_use_is_given_back():
-    if not STATM.exists():
-        pytest.skip("the system does not tell what a process holds")
     blocks = [bytes(1) * 100_000 for _ in range(2000)]
     del blocks[::2]
-    held = int(STATM.read_text().split()[1])
+    held = resident_bytes(os.getpid())
     give_back_free_memory()
-    freed = (held - int(STATM.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE")
-    assert freed > 0.5 * 1000 * 100_000
+    assert held - resident_bytes(os.getpid()) > 0.5 * 1000 * 100_000
 
 
 def test_other_threads_may_use_the_pipeline_meanwhile():

@@ -19,6 +19,7 @@ from .servers import idle, metrics_of, resident_bytes
 from .verdicts import Comparison, Verdict, compare, judge
 
 SETTLING_SECONDS = 2.0
+"""Longer than a server waits before it gives free memory back."""
 SAMPLING_SECONDS = 0.1
 ALLOWED_GROWTH = 0.1
 """How much more memory than after warming up may be held in the end, beside what is kept of prompts."""
