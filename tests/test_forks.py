@@ -115,11 +115,11 @@ def test_a_fork_may_be_filled_while_the_other_is_claimed():
     assert fork.cache.columns == history.cache.columns + 3
 
 
-@pytest.mark.parametrize("action", ["fork", "save"])
-def test_a_cache_in_the_middle_of_a_step_is_neither_forked_nor_saved(action: str, tmp_path):
+@pytest.mark.parametrize("action", ["fork", "save", "trim"])
+def test_a_cache_in_the_middle_of_a_step_is_left_alone(action: str, tmp_path):
     class Act(Callback):
         def on_layer_end(self, event):
-            cache.fork() if action == "fork" else cache.save(tmp_path / "cache")
+            getattr(cache, action)(*[tmp_path / "cache"] * (action == "save"))
 
     pipe = LazyPipeline(tiny_model(), callbacks=[Act()], **REVIVING)
     cache = pipe.new_cache()

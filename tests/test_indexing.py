@@ -24,7 +24,7 @@ def test_a_buffer_holds_what_a_list_would(data):
         given_entries.append((entries, entries.clone()))
         buffer.append(entries)
         expected += [float(step)] * entries.shape[axis]
-        action = data.draw(st.sampled_from(["nothing", "write", "truncate", "keep", "copy"]))
+        action = data.draw(st.sampled_from(["nothing", "write", "truncate", "keep", "copy", "trim"]))
         if action == "write":
             buffer.writable().fill_(-1 - step)
             expected[:] = [-1.0 - step] * len(expected)
@@ -36,6 +36,8 @@ def test_a_buffer_holds_what_a_list_would(data):
             slots = data.draw(st.lists(st.integers(0, len(expected) - 1), unique=True)) if expected else []
             buffer.keep(torch.tensor(slots, dtype=torch.long))
             expected[:] = [expected[slot] for slot in slots]
+        elif action == "trim":
+            buffer.trim()
         elif action == "copy":
             buffers.append((buffer.copy(), list(expected)))
         for held, wanted in buffers:
@@ -58,3 +60,24 @@ def test_a_copy_shares_memory_until_one_of_both_writes():
     place = buffer.read().data_ptr()
     buffer.writable()[0] = 8
     assert buffer.read().data_ptr() == place, "what is its own is not copied again"
+
+
+def test_room_to_grow_is_given_back_once_and_what_is_shared_is_left():
+    buffer = GrowingBuffer(0)
+    for _ in range(2):
+        buffer.append(torch.ones(50, 2))
+    assert held_bytes(buffer) > buffer.used_bytes
+    buffer.trim()
+    assert held_bytes(buffer) == buffer.used_bytes
+    place = buffer.read().data_ptr()
+    buffer.trim()
+    assert buffer.read().data_ptr() == place, "there was nothing to give back"
+    buffer.append(torch.ones(1, 2))
+    twin = buffer.copy()
+    for one in (buffer, twin):
+        one.trim()
+    assert twin.read().data_ptr() == buffer.read().data_ptr()
+
+
+def held_bytes(buffer: GrowingBuffer) -> int:
+    return buffer.read().untyped_storage().nbytes()

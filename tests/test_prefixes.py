@@ -20,6 +20,7 @@ from lazyllm import (
     TokenTrace,
     WindowAttention,
 )
+from lazyllm.caches.row import Row
 from lazyllm.contexts.prefixes import common_prefix, held_ids, take_up
 from tests.histories import CACHES, FORGETTING_CACHES, new_history, policies
 from tests.tiny import random_ids, tiny_model
@@ -156,6 +157,25 @@ def test_bytes_are_bounded_and_what_was_used_longest_ago_leaves():
     assert (prefixes.stats.entries, prefixes.stats.evictions) == (2, 1)
     reused = [pipe.generate([*prompt, 7], prefixes=prefixes, **GREEDY).stats.reused_tokens for prompt in prompts[:2]]
     assert reused == [46, 0], "the second was used longest ago"
+
+
+def test_what_is_kept_has_no_room_to_grow():
+    pipe, prefixes = LazyPipeline(tiny_model(), **PRUNING), PrefixCache(min_tokens=1)
+    prompt = random_ids(1, 120)[0].tolist()
+    for more in (0, 100):
+        pipe.generate(
+            [*prompt, *random_ids(1, more, 1)[0].tolist()], prefixes=prefixes, prefill_chunk_size=32, **GREEDY
+        )
+    for entry in prefixes._entries:
+        assert entry.bytes <= allocated(entry.cache.rows[0]) <= entry.bytes * 17 / 16
+
+
+def allocated(row: Row) -> int:
+    """Bytes of the memory that keys, values and states of a row lie in."""
+    parts = [tensor for store in row.stores for tensor in store.read()]
+    parts += [memory._states.read() for memory in row.memories.values()]
+    places = {place.data_ptr(): place for place in (part.untyped_storage() for part in (*parts, row.frontier._packed))}
+    return sum(place.nbytes() for place in places.values())
 
 
 def test_an_outcome_that_is_too_large_leaves_the_others_alone():

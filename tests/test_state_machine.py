@@ -1,4 +1,4 @@
-"""Any interleaving of steps, reordering, crops, forks, saving, failure and reset keeps ledger and logits right."""
+"""Any interleaving of steps, reorders, crops, forks, trims, saving, failure and reset keeps ledger and logits right."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -119,6 +119,10 @@ class Conversation(RuleBasedStateMachine):
     @rule(turn=st.integers(0, MOST_FORKS - 1))
     def go_on_with_another(self, turn):
         self.turn = turn % len(self.histories)
+
+    @rule()
+    def trim(self):
+        self.history.cache.trim()
 
     @rule()
     def save_and_load(self):

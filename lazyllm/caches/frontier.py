@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lazyllm.caches.indexing import is_writable
+from lazyllm.caches.indexing import has_room_to_spare, is_writable
 
 
 class FrontierStore:
@@ -95,6 +95,18 @@ class FrontierStore:
     def crop(self, tokens: int) -> None:
         """Frees every entry whose token index is `tokens` or more."""
         self.free(torch.tensor([token for token in self._slot if token >= tokens], dtype=torch.long))
+
+    def trim(self) -> None:
+        """Gives back memory beyond what is in use."""
+        before = self._packed
+        if before is None or not self._is_own or not has_room_to_spare(before.shape[0], len(self)):
+            return
+        assert self._like is not None, "it came with the first states"
+        tokens = self.tokens
+        held = self._read(tokens)
+        self._packed = self.room(len(self), self.pack(self._like))
+        self._packed.copy_(held)
+        self._slot, self._free = {token: slot for slot, token in enumerate(tokens.tolist())}, []
 
     def copy(self) -> Self:
         """An independent copy."""

@@ -27,6 +27,11 @@ def is_writable(tensor: Tensor) -> bool:
     return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
+def has_room_to_spare(entries: int, used: int) -> bool:
+    """Whether memory for so many entries, of which some are in use, is worth a copy that holds those alone."""
+    return (entries - used) * 16 > used
+
+
 class GrowingBuffer:
     """A tensor that grows along one axis by half of its size, but not by more than a step, so that appending is cheap.
 
@@ -102,6 +107,11 @@ class GrowingBuffer:
         twin._data, twin.length = self._data, self.length
         self._is_own = False
         return twin
+
+    def trim(self) -> None:
+        """Gives back the room to grow, where it is more than a sixteenth of what is in use."""
+        if self._is_own and self._data is not None and has_room_to_spare(self._data.shape[self.axis], self.length):
+            self._data = self.read().clone()
 
     @property
     def used_bytes(self) -> int:

@@ -337,6 +337,16 @@ class LazyCache(Cache):
             batch.rows += cache.rows
         return batch
 
+    def trim(self) -> None:
+        """Gives back memory that the cache has beyond what is in use, such as room to grow; takes a copy of its parts.
+
+        Raises:
+            CacheError: in the middle of a step.
+        """
+        self._refuse_mid_step()
+        for row in distinct(self.rows):
+            row.trim()
+
     def save(self, path: str | Path, *, note: str = "") -> Path:
         """Writes the cache to one file in the safetensors format, which `pipe.load_cache` reads.
 

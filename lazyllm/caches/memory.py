@@ -50,6 +50,11 @@ class StateMemory:
             self._tokens.keep(slots)
             self._states.keep(slots)
 
+    def trim(self) -> None:
+        """Gives back memory beyond what is in use."""
+        self._tokens.trim()
+        self._states.trim()
+
     def copy(self) -> "StateMemory":
         """An independent copy."""
         twin = StateMemory()

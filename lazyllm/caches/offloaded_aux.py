@@ -43,6 +43,11 @@ class OffloadedFrontier(FrontierStore):
         """None: states are kept in memory of its own."""
         return None
 
+    def trim(self) -> None:
+        """Gives back memory beyond what is in use; a file stays, as a smaller one would need room beside it."""
+        if self.where == "cpu":
+            super().trim()
+
     def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
         """States [a, c] on the device of `like`."""
         if like.is_cuda:

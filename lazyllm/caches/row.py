@@ -211,6 +211,14 @@ class Row:
         self.retreated += other.retreated
         self.reply_start = len(self.ledger)
 
+    def trim(self) -> None:
+        """Gives back memory beyond what is in use."""
+        for store in self.stores:
+            store.trim()
+        self.frontier.trim()
+        for memory in (*self.memories.values(), self.origins):
+            memory.trim()
+
     def copy(self) -> Row:
         """An independent copy; both share their tensors until one of them writes."""
         twin: Row = object.__new__(Row)

@@ -80,6 +80,11 @@ class KeyValueStore:
         self._keys.keep(slots)
         self._values.keep(slots)
 
+    def trim(self) -> None:
+        """Gives back memory beyond what is in use."""
+        self._keys.trim()
+        self._values.trim()
+
     def copy(self) -> Self:
         """An independent copy."""
         twin = copy(self)

@@ -164,6 +164,7 @@ class PrefixCache:
         new = _Entry(cache, config, held_ids(cache).clone())
         if new.bytes > self.max_bytes:
             return
+        cache.trim()
         with self._lock:
             self._entries = [entry for entry in self._entries if not entry.begins(new)]
             if not any(new.begins(entry) for entry in self._entries):
