@@ -453,12 +453,8 @@ class LayerView:
         """Whether `update` copies what it is given, and keeps no reference to it."""
         return all(held for held, todo in zip(self._held, self.todo, strict=True) if todo.numel())
 
-    def attended_tokens(self, row: int) -> int:
-        """How many tokens of a row `update` returns."""
-        return self._held[row] + self.todo[row].numel() if self._attends_all[row] else self._visible[row].numel()
-
     def attended(self, row: int) -> Tensor:
-        """The tokens [k] of a row whose K/V `update` has returned, in that order."""
+        """The tokens [k] of a row whose K/V `update` has returned for it, in that order."""
         if not self._attends_all[row]:
             return self._visible[row]
         tokens = self._stores[row].tokens if self._held[row] else self.todo[row]
@@ -472,15 +468,16 @@ class LayerView:
         """
         return self.todo[row].numel() >= self.MANY and not is_ascending(self._stores[row].tokens)
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Stores keys and values [1, g, t, d] of the packed todo; returns those attended [1, g, k, d]."""
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Stores keys and values [1, g, t, d] of the packed todo; returns those attended [1, g, k, d], by row.
+
+        A layer hands them on to its attention as they are. Packed they would be a copy of all rows at each layer.
+        """
         rows = [row for row, todo in enumerate(self.todo) if todo.numel()]
-        if len(rows) == 1:
-            return self._update_row(rows[0], keys, values)
         counts = [self.todo[row].numel() for row in rows]
         new = zip(rows, keys.split(counts, dim=2), values.split(counts, dim=2), strict=True)
-        key_parts, value_parts = zip(*(self._update_row(*row) for row in new), strict=True)
-        return torch.cat(key_parts, dim=2), torch.cat(value_parts, dim=2)
+        attended = [self._update_row(*row) for row in new]
+        return [part for part, _ in attended], [part for _, part in attended]
 
     def _update_row(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         store = self._stores[row]

@@ -1,11 +1,11 @@
 """The attention function lazyllm registers with transformers: the model's own kernel, run row by row.
 
-It is handed an `AttentionPlan` in place of a mask, cuts the packed queries and keys into rows, gives
-each row to the kernel the model was loaded with, and notes the queries and keys for the scorer.
+It is handed an `AttentionPlan` in place of a mask, cuts the packed queries into rows, gives each row, with its
+keys and values, to the kernel the model was loaded with, and notes the queries and keys for the scorer.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -152,7 +152,6 @@ class RowPlan:
     Attributes:
         row: index of the row in the batch.
         queries: slice of the packed query axis.
-        keys: slice of the packed key axis.
         query_tokens: [q] the tokens to compute, ascending.
         read_key_tokens: gives the tokens [k] attended, in storage order.
         new_queries: how many of the last queries are the step's new tokens.
@@ -165,7 +164,6 @@ class RowPlan:
 
     row: int
     queries: slice
-    keys: slice
     query_tokens: Tensor
     read_key_tokens: Callable[[], Tensor]
     new_queries: int
@@ -211,9 +209,14 @@ class AttentionPlan:
 
 
 def planned_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionPlan | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Sequence[Tensor] | Tensor,
+    value: Sequence[Tensor] | Tensor,
+    attention_mask: AttentionPlan | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over packed rows: query [1, h, q, d], key and value [1, g, k, d] to [1, q, h, d].
+    """Attention over packed rows: query [1, h, q, d], each row's keys and values [1, g, k, d], to [1, q, h, d].
 
     Inside a compiled layer there is no plan, and the call becomes the operation that finds it.
     """
@@ -222,10 +225,8 @@ def planned_attention(
     plan = attention_mask
     plan.calls.append(AttentionCall(module, kwargs))
     outputs = []
-    for row in plan.rows:
-        queries, keys, values = query, key, value
-        if len(plan.rows) > 1:
-            queries, keys, values = query[:, :, row.queries], key[:, :, row.keys], value[:, :, row.keys]
+    for row, keys, values in zip(plan.rows, key, value, strict=True):
+        queries = query[:, :, row.queries] if len(plan.rows) > 1 else query
         if plan.captured is not None:
             inputs = _inputs(plan, row, queries, keys, values, **kwargs)
             earlier = plan.captured.rows.get(row.row)

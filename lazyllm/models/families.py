@@ -188,9 +188,9 @@ class _ProbeView:
     def __init__(self) -> None:
         self.updates = 0
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[list[Tensor], list[Tensor]]:
         self.updates += 1
-        return keys, values
+        return [keys], [values]
 
 
 @torch.no_grad()
@@ -221,9 +221,7 @@ def _try_layer(contract: DecoderContract, index: int) -> str | None:
     hidden = torch.zeros(1, 1, config.hidden_size, device=device, dtype=dtype)
     token, positions = torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long, device=device)
     whole = slice(0, 1)
-    row = RowPlan(
-        0, whole, whole, token, lambda: token, new_queries=1, positions=token, read_spans=lambda: [EVERYTHING]
-    )
+    row = RowPlan(0, whole, token, lambda: token, new_queries=1, positions=token, read_spans=lambda: [EVERYTHING])
     plan = AttentionPlan([row], contract.kernel, contract.windows[index], Captured(), ranks=contract.ranks)
     view = _ProbeView()
     rope = contract.rope(hidden, positions)[contract.rope_types[index]]

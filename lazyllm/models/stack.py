@@ -153,19 +153,17 @@ class LazyStack(nn.Module):
         """How this layer attends: row by row, with a mask only where the kernel needs one."""
         window = self.contract.windows[layer]
         rows = []
-        query = key = 0
+        start = 0
         for index, todo in enumerate(view.todo):
             if not todo.numel():
                 continue
-            queries, keys = slice(query, query + todo.numel()), slice(key, key + view.attended_tokens(index))
-            query, key = queries.stop, keys.stop
+            queries = slice(start, start := start + todo.numel())
             attended, positions = partial(view.attended, index), step.token_positions[index]
             new, reach = step.new_among(index, todo), step.rows[index].ledger.reach
             rows.append(
                 RowPlan(
                     row=index,
                     queries=queries,
-                    keys=keys,
                     query_tokens=todo,
                     read_key_tokens=attended,
                     new_queries=new,
