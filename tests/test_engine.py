@@ -1,7 +1,5 @@
 """The serving engine: replies of a batch are those of calls of their own, whatever joins, leaves or waits."""
 
-import os
-import sys
 import threading
 import time
 import weakref
@@ -11,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.load.servers import resident_bytes
 from lazyllm import (
     AuxCache,
     CacheError,
@@ -32,7 +29,6 @@ from lazyllm import (
     UpdateNorm,
     WindowAttention,
 )
-from lazyllm.allocator import give_back_free_memory
 from lazyllm.errors import Cancelled, Closed, DocumentGone, QueueFull, TooLong
 from lazyllm.serving import engine as engine_module
 from lazyllm.serving.engine import Engine
@@ -466,15 +462,6 @@ def test_free_memory_is_given_back_once_when_there_is_nothing_to_do(monkeypatch)
                 soon(lambda jobs=jobs: len(given_back) >= jobs)
             time.sleep(0.3)
             assert given_back == [0] * jobs
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is asked")
-def test_memory_between_blocks_that_are_in_use_is_given_back():
-    blocks = [bytes(1) * 100_000 for _ in range(2000)]
-    del blocks[::2]
-    held = resident_bytes(os.getpid())
-    give_back_free_memory()
-    assert held - resident_bytes(os.getpid()) > 0.5 * 1000 * 100_000
 
 
 def test_other_threads_may_use_the_pipeline_meanwhile():

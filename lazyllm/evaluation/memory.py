@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from lazyllm.allocator import give_back_free_memory, map_large_blocks
 from lazyllm.callbacks import Callback, LayerEnd, StepEnd
 from lazyllm.config import LazyConfig
 from lazyllm.errors import LazyLLMError
@@ -25,6 +24,7 @@ from lazyllm.generation.result import GenerationResult
 from lazyllm.models.loading import dtype_named, load_model
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import TokenRange
+from lazyllm.runtime import give_back_free_memory, map_large_blocks
 
 STATM = Path("/proc/self/statm")
 

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from lazyllm.callbacks import Callback, LayerEnd
 from lazyllm.errors import InputError
 from lazyllm.generation.result import GenerationResult
+from lazyllm.runtime import end_helper_threads
 
 
 class TextStream:
@@ -31,6 +32,7 @@ class TextStream:
             "stopping_criteria": StoppingCriteriaList([*(options.get("stopping_criteria") or ()), self._stop]),
             "callbacks": [*options.get("callbacks", ()), _EarlyStop(self._stop)],
         }
+        end_helper_threads()  # those of the new thread are all that compute
         self._thread = threading.Thread(target=self._run, args=(generate, {**options, **added}), daemon=True)
         self._thread.start()
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lazyllm.allocator import give_back_free_memory
 from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback, PieceEnd
 from lazyllm.contexts.documents import Document
@@ -21,6 +20,7 @@ from lazyllm.errors import Cancelled, Closed, ConfigError, DocumentGone, InputEr
 from lazyllm.generation.options import Options
 from lazyllm.models.families import input_device
 from lazyllm.pipeline import LazyPipeline
+from lazyllm.runtime import end_helper_threads, give_back_free_memory
 from lazyllm.serving.jobs import DocumentLoaded, Event, Job
 from lazyllm.serving.policies import NamedPipelines
 from lazyllm.serving.replies import LOG, LoadTask, PromptTask, Reply, Task
@@ -103,7 +103,8 @@ class Engine(NamedPipelines):
 
     Replies of one policy are one batch: a step computes the next token of each. A prefill runs by itself, layer by
     layer and piece by piece; between two pieces the replies get a step whenever the prefill has had as much time as
-    their latest one took, and a much shorter prompt gets its turn.
+    their latest one took, and a much shorter prompt gets its turn. On the processor, other threads that compute with
+    torch meanwhile slow it down by more than what they compute.
 
     Args:
         pipelines: by name, pipelines that share one model and tokenizer; the first is the default.
@@ -131,6 +132,7 @@ class Engine(NamedPipelines):
         self._pace: float | None = None
         self._held, self._held_at = (0, 0), 0.0
         self._has_worked = False  # since free memory was given back
+        end_helper_threads()  # of the thread that has loaded the model
         self._thread = threading.Thread(target=self._work, name="lazyllm-engine", daemon=True)
         self._thread.start()
 

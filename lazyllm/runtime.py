@@ -1,12 +1,15 @@
-"""What the C library's allocator can be asked for; where it cannot, as on macOS, nothing happens."""
+"""What the libraries below torch, glibc and GNU's OpenMP, can be asked for; where others are, nothing happens."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+from contextlib import suppress
 from typing import Any
 
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 """glibc's name for the size from which memory is mapped by itself, and so goes back to the system when it is freed."""
+GOMP, OMP_PAUSE_SOFT = "libgomp.so.1", 1
 
 
 def give_back_free_memory() -> None:
@@ -23,6 +26,18 @@ def map_large_blocks() -> None:
     """Has every larger block mapped by itself from now on: slower to get, and given back at once when it is freed."""
     if option := _of_libc("mallopt"):
         option(M_MMAP_THRESHOLD, MMAP_BYTES)
+
+
+def end_helper_threads() -> None:
+    """Ends the threads that help this one to compute on the processor; its next large operation starts them anew.
+
+    Each thread that computes has helpers of its own. When there are more of them all together than cores, those of all
+    wait for work asleep instead of awake, and an operation that takes 0.2 ms takes 0.35 on two cores. So a thread that
+    hands over to another one for good ends its helpers.
+    """
+    with suppress(OSError, AttributeError):  # torch computes without GNU's OpenMP, or with one before version 9
+        loaded = ctypes.CDLL(GOMP, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        loaded.omp_pause_resource_all(OMP_PAUSE_SOFT)
 
 
 def _of_libc(name: str) -> Any:
