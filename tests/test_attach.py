@@ -188,6 +188,30 @@ def test_a_change_that_cannot_work_is_refused(change, message: str):
         model.config._attn_implementation_internal = "sdpa"
 
 
+class Doubled:
+    """A cache whose keys are doubled."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def update(self, *args):
+        keys, values = self.cache.update(*args)
+        return keys * 2.0, values
+
+
+def test_a_layer_that_changes_what_the_cache_gave_is_refused():
+    model = made()
+    attention = model.model.layers[1].self_attn
+
+    class Doubling(type(attention)):
+        def forward(self, *args, past_key_values, **options):
+            return super().forward(*args, past_key_values=Doubled(past_key_values), **options)
+
+    attention.__class__ = Doubling
+    with pytest.raises(UnsupportedModelError, match="layer 1 .* cannot run on a packed step: TypeError"):
+        pipeline(model)
+
+
 def test_a_device_that_changed_is_read_again():
     """Where layers run comes from their weights or from the hook that moves them; here from a hook."""
     model = made()
