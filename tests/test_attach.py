@@ -208,7 +208,7 @@ def test_a_layer_that_changes_what_the_cache_gave_is_refused():
             return super().forward(*args, past_key_values=Doubled(past_key_values), **options)
 
     attention.__class__ = Doubling
-    with pytest.raises(UnsupportedModelError, match="layer 1 .* cannot run on a packed step: TypeError"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 .* cannot run on a packed step: TypeError"):
         pipeline(model)
 
 
