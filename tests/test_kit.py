@@ -585,7 +585,7 @@ def test_the_kit_leaves_the_random_generator_alone():
 
 def test_the_kit_needs_no_test_runner():
     script = (
-        "import sys; sys.modules.update(dict.fromkeys(('pytest', 'hypothesis', 'typer', 'rich', 'scipy')))\n"
+        "import sys; sys.modules.update(dict.fromkeys(('pytest', 'hypothesis', 'typer', 'rich', 'scipy', 'sklearn')))\n"
         "from lazyllm import Constant, SinkRecent\n"
         "from lazyllm.testing import check_schedule, check_scorer\n"
         "check_scorer(SinkRecent()); check_schedule(Constant(0.5))\n"
