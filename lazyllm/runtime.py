@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 """glibc's name for the size from which memory is mapped by itself, and so goes back to the system when it is freed."""
-GOMP, OMP_PAUSE_SOFT = "libgomp.so.1", 1
+GOMP, OMP_PAUSE_SOFT = "libgomp", 1
 
 
 def give_back_free_memory() -> None:
@@ -35,9 +35,19 @@ def end_helper_threads() -> None:
     wait for work asleep instead of awake, and an operation that takes 0.2 ms takes 0.35 on two cores. So a thread that
     hands over to another one for good ends its helpers.
     """
-    with suppress(OSError, AttributeError):  # torch computes without GNU's OpenMP, or with one before version 9
-        loaded = ctypes.CDLL(GOMP, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        loaded.omp_pause_resource_all(OMP_PAUSE_SOFT)
+    for path in _loaded(GOMP):
+        with suppress(OSError, AttributeError):  # its file is gone, or it is one before version 9
+            ctypes.CDLL(path).omp_pause_resource_all(OMP_PAUSE_SOFT)
+
+
+def _loaded(name: str) -> set[str]:
+    """Paths of the libraries of a name that this process has loaded, whatever torch's wheel has added to the name."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:  # there is none but on Linux
+        return set()
+    paths = {found + path for _, found, path in (line.partition("/") for line in maps.splitlines())}
+    return {path for path in paths if Path(path).name.startswith(name)}
 
 
 def _of_libc(name: str) -> Any:
