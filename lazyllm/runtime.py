@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def end_helper_threads() -> None:
             ctypes.CDLL(path).omp_pause_resource_all(OMP_PAUSE_SOFT)
 
 
+@cache
 def _loaded(name: str) -> set[str]:
-    """Paths of the libraries of a name that this process has loaded, whatever torch's wheel has added to the name."""
+    """Paths of the libraries of a name that this process had loaded at the first call, with what a wheel adds to it."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:  # there is none but on Linux
