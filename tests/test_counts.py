@@ -21,14 +21,14 @@ SETTINGS = {
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that reach the device."""
+    """Counts operations, but for views: these move nothing, and versions of torch reshape by more or fewer of them."""
 
     def __init__(self):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.counts[operation.overloadpacket.__name__] += 1
+        self.counts[operation.overloadpacket.__name__] += operation is not torch.ops.aten.view.default
         return operation(*args, **(kwargs or {}))
 
 
@@ -57,15 +57,15 @@ def test_a_layer_of_a_decode_step_adds_a_handful_of_operations(name: str):
     shallow, deep = (of_a_step(layers, SETTINGS[name]) for layers in (4, 8))
     stock = [of_a_step(layers, None) for layers in (4, 8)]
     per_layer = deep - shallow, stock[1] - stock[0]
-    assert (per_layer[0].total() - per_layer[1].total()) / 4 == 4
+    assert (per_layer[0].total() - per_layer[1].total()) / 4 == 3
     assert deep["_local_scalar_dense"] == shallow["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize(
-    ("name", "operations", "reads"), [("dense", 78, 3), ("pruned in prefill", 96, 3), ("recommended", 106, 3)]
+    ("name", "operations", "reads"), [("dense", 76, 3), ("pruned in prefill", 94, 3), ("recommended", 98, 3)]
 )
 def test_a_decode_step_adds_few_operations_of_its_own(name: str, operations: int, reads: int):
     """A hundred small operations are a few hundred microseconds, once per token."""
     lazy, stock = of_a_step(4, SETTINGS[name]), of_a_step(4, None)
-    assert lazy.total() - stock.total() - 4 * 4 <= operations
+    assert lazy.total() - stock.total() - 4 * 3 <= operations
     assert lazy["_local_scalar_dense"] <= reads

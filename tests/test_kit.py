@@ -591,6 +591,5 @@ def test_the_kit_needs_no_test_runner():
         "check_scorer(SinkRecent()); check_schedule(Constant(0.5))\n"
     )
     root = Path(__file__).parents[1]
-    options = ("-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning")  # a folder of torch 2.6's own
-    done = subprocess.run([sys.executable, *options, "-c", script], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

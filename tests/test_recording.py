@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pyte
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 FOLDER = Path(__file__).parents[1] / "docs" / "recording"
@@ -86,6 +86,7 @@ def is_seen(styles: str, name: str, share: float | None) -> bool:
 
 
 @given(texts=pieces, gaps=pauses)
+@example(texts=["<", "<"], gaps=[0.40625, 0.0])  # both at once, after a pause
 def test_at_any_moment_the_drawing_shows_what_the_terminal_showed(scripts, texts, gaps):
     cast = made(scripts, texts, gaps)
     svg = scripts.animation.svg_of(cast)

@@ -222,6 +222,14 @@ def test_a_replica_may_be_killed_under_load(settled):
     soon(lambda: len(replica_pids() - {min(before)}) == 2, seconds=RECOVERY)
 
 
+def test_more_replicas_than_the_cluster_has_room_for_are_refused(folder, nodes):
+    with (
+        pytest.raises(InputError, match="3 replicas need 6 CPUs, the cluster has 2"),
+        replicated(ModelSource(str(folder)), CONFIGS, LIMITS, Cluster(3, nodes.address, cpus=2)),
+    ):
+        pass
+
+
 def test_a_node_may_be_lost(settled, nodes):
     running, _ = started(settled, 3, most=400)
     nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
@@ -230,14 +238,6 @@ def test_a_node_may_be_lost(settled, nodes):
         assert isinstance(end, JobEnd) or isinstance(end.error, ReplicaLost)
     for seed in range(4):
         assert isinstance(run(settled, job(settled.encode(ids(30, seed)), 3)).wait(), JobEnd)
-
-
-def test_more_replicas_than_the_cluster_has_room_for_are_refused(folder, nodes):
-    with (
-        pytest.raises(InputError, match="3 replicas need 6 CPUs, the cluster has 2"),
-        replicated(ModelSource(str(folder)), CONFIGS, LIMITS, Cluster(3, nodes.address, cpus=2)),
-    ):
-        pass
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def frames(cast: Cast) -> Iterator[tuple[float, list[Row]]]:
     """What stands on the screen, from when on; changes that follow each other at once are one frame."""
     screen = pyte.Screen(cast.width, cast.height)
     stream = pyte.Stream(screen)
-    began = 0.0
+    began = cast.events[0][0] if cast.events else 0.0
     for index, (seconds, text) in enumerate(cast.events):
         stream.feed(text)
         following = cast.events[index + 1][0] if index + 1 < len(cast.events) else float("inf")

@@ -27,7 +27,7 @@ def _described(thing: Any) -> str:
         return "[" + ", ".join(map(_described, thing)) + "]"
     if isinstance(thing, BaseModel):
         known = type(thing).model_fields.items()
-        defaults = {name: field.get_default(call_default_factory=True, validated_data={}) for name, field in known}
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in known}
     elif is_dataclass(thing):
         defaults = {field.name: field.default for field in fields(thing)}
     else:
