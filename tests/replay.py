@@ -7,7 +7,7 @@ with the stack, the stores or the masks it judges.
 Of a cache that rounds, the replay rounds the same numbers: `Rounding` says which.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,9 @@ class ReplayStack(nn.Module):
         self.original = [decoder.layers]
         self.states: list[Tensor] = []
 
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *_: Any, **given: Any) -> Tensor:
         decoder = self.decoder[0]
+        shared = {name: value for name, value in given.items() if isinstance(value, Mapping)}  # by all layers
         positions = self.positions[None]
         two_ropes = isinstance(getattr(decoder.config, "rope_parameters", None), dict) and (
             "full_attention" in decoder.config.rope_parameters
@@ -106,6 +107,7 @@ class ReplayStack(nn.Module):
                 position_ids=positions,
                 position_embeddings=rope,
                 past_key_values=keys_and_values,
+                **shared,
             )
         return hidden
 
