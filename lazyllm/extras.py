@@ -18,6 +18,6 @@ def needed(module: str, *, what: str, extra: str) -> Any:
         return import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        missing = MissingExtra(f"{what} needs {package}, which is not installed: pip install lazyllm-torch[{extra}]")
+        missing = MissingExtra(f'{what} needs {package}, which is not installed: pip install "lazyllm-torch[{extra}]"')
         missing.name = package
         raise missing from None

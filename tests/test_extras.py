@@ -177,7 +177,7 @@ def _run_later(tree: ast.AST) -> Iterator[ast.AST]:
 def test_every_feature_names_the_extra_it_needs(core: dict[str, str]):
     for statement, extra in FEATURES.items():
         message = core.get(statement, "nothing: it works without an extra")
-        assert message.endswith(f"pip install lazyllm-torch[{extra}]"), f"{statement}\nsaid {message}"
+        assert message.endswith(f'pip install "lazyllm-torch[{extra}]"'), f"{statement}\nsaid {message}"
 
 
 def test_every_extra_has_a_feature():
@@ -185,7 +185,7 @@ def test_every_extra_has_a_feature():
 
 
 def test_a_missing_package_is_named_with_its_extra_and_is_an_import_error():
-    with pytest.raises(MissingExtra, match=r"^tea needs nowhere_to_be, .*lazyllm-torch\[pot\]$") as caught:
+    with pytest.raises(MissingExtra, match=r"^tea needs nowhere_to_be, .*\"lazyllm-torch\[pot\]\"$") as caught:
         needed("nowhere_to_be.found", what="tea", extra="pot")
     assert isinstance(caught.value, ImportError)
     assert isinstance(caught.value, InputError)

@@ -609,7 +609,7 @@ def test_lazyllm_does_without_lm_eval_and_the_module_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].startswith("ImportError: lazyllm.evaluation.harness needs lm-eval")
-    assert done.stderr.rstrip().endswith("pip install lazyllm-torch[lm-eval]")
+    assert done.stderr.rstrip().endswith('pip install "lazyllm-torch[lm-eval]"')
 
 
 @pytest.mark.slow

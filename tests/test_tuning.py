@@ -780,4 +780,4 @@ def test_without_optuna_the_command_says_what_to_install(lazyllm_tune, monkeypat
     monkeypatch.setitem(sys.modules, "optuna", None)
     result = lazyllm_tune("--speedup", 2)
     assert result.exit_code == 2
-    assert result.stderr.strip().endswith("pip install lazyllm-torch[tune]")
+    assert result.stderr.strip().endswith('pip install "lazyllm-torch[tune]"')

@@ -10,13 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lazyllm.ablation.cells import ModelRef
 from lazyllm.errors import InputError
-from lazyllm.evaluation.data import packaged_model, quiet_loading
+from lazyllm.evaluation.data import model_source, quiet_loading
 from lazyllm.evaluation.digest import digest
 from lazyllm.models.fingerprint import fingerprint, reading_of, settings_of
 from lazyllm.models.loading import dtype_named, load_model
 from lazyllm.pipeline import LazyPipeline
 
-PACKAGED = "packaged"
 """What a study calls the model that comes as a Python package."""
 WARM_UP_TOKENS = 8
 
@@ -84,9 +83,8 @@ def load_ref(ref: ModelRef) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         InputError: when there is no such file, or the model cannot have these weights.
     """
-    source = str(packaged_model()) if ref.model == PACKAGED else ref.model
     with quiet_loading():
-        model, tokenizer = load_model(source, dtype=dtype_named(ref.dtype), weights=ref.weights)
+        model, tokenizer = load_model(model_source(ref.model), dtype=dtype_named(ref.dtype), weights=ref.weights)
     return model.to(ref.device), tokenizer
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lazyllm.costs import Device, calibrate
 from lazyllm.costs.device import HERE
 from lazyllm.errors import InputError, LazyLLMError
+from lazyllm.evaluation.data import model_source
 from lazyllm.models.loading import dtype_named, load_model
 
 
@@ -60,7 +61,7 @@ def load_or_refuse(
     """The model and its tokenizer.
 
     Args:
-        model: hub id, folder or `.gguf` file.
+        model: hub id, folder or `.gguf` file; "packaged" is the SmolLM2 that comes as a Python package.
         gguf_file, weights, options: as for `load_model`.
         dtype: "auto", or the name of one.
         device: where the model is moved; None = it stays where it was loaded.
@@ -70,7 +71,7 @@ def load_or_refuse(
     """
     kind = dtype if dtype == "auto" else dtype_named(dtype)
     try:
-        loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=kind, weights=weights, **options)
+        loaded, tokenizer = load_model(model_source(model), gguf_file=gguf_file, dtype=kind, weights=weights, **options)
         return (loaded if device is None else loaded.to(device)), tokenizer
     except InputError:
         raise

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 from warnings import catch_warnings
@@ -53,7 +53,7 @@ try:
     from lazyllm.extras import needed
 except ImportError as missing:
     raise SystemExit(
-        f"the lazyllm command needs {missing.name}, which is not installed: pip install lazyllm-torch[cli]"
+        f'the lazyllm command needs {missing.name}, which is not installed: pip install "lazyllm-torch[cli]"'
     ) from None
 
 WARM_UP_TOKENS = 8
@@ -68,7 +68,7 @@ app = typer.Typer(
 # -- generate --------------------------------------------------------------------------------------
 
 
-ModelOption = Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")]
+ModelOption = Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or packaged: SmolLM2.")]
 PromptOption = Annotated[str | None, typer.Option(help="The prompt; without it and --prompt-file, stdin is read.")]
 PromptFileOption = Annotated[str | None, typer.Option(help="A UTF-8 text file, - for stdin.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Wrap the prompt as one user message.")]
@@ -138,7 +138,7 @@ def generate(
 @app.command("map")
 @errors_as_lines()
 def map_prompts(
-    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or packaged: SmolLM2.")],
     prompts: Annotated[Path, typer.Option(help="A .jsonl file with fields 'prompt' and 'query', or a folder of .txt.")],
     out: Annotated[Path, typer.Option(help="Replies, one JSON line each; what stands there is not computed again.")],
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens of a batch.")] = 8192,
@@ -302,7 +302,7 @@ def _write(
 @app.command("chat")
 @errors_as_lines()
 def chat_with(
-    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or packaged: SmolLM2.")],
     document: Annotated[
         list[Path] | None, typer.Option(help="A text file or a folder of them; may be repeated.")
     ] = None,
@@ -445,16 +445,19 @@ def inspect_config(
     phase = Phase(is_prefill=True, context_tokens=context_tokens, asked=asked)
     cuts = selector.cuts(phase) if policy.cache.prunes else {}
     typer.echo(policy.to_yaml())
-    table = Table("layer", "may enter, of the context")
-    keep, share, bound = Keep(1.0), 1.0, 0.0
-    for layer in range(layers):
-        keep = cuts.get(layer, keep)
+    table = Table("layers", "may enter, of the context")
+    starts = sorted({0, *cuts})
+    share, bound = 1.0, 0.0
+    for start, stop in pairwise([*starts, layers]):
+        keep = cuts.get(start, Keep(1.0))
         share = min(share, keep.fraction(context_tokens))
-        bound += share
-        table.add_row(str(layer), str(keep))
+        bound += share * (stop - start)
+        table.add_row(str(start) if stop - start == 1 else f"{start}-{stop - 1}", str(keep))
     Console().print(table)
     adapts = "at most " if any(cut.adapts for cut in cuts.values()) else ""
     typer.echo(f"linear work of a prefill: {adapts}{bound / layers:.1%} of dense, protected tokens not counted")
+    if adapts:
+        typer.echo("what the prompt itself leaves out is not known here; `lazyllm predict --kept` takes it as given")
 
 
 # -- predict -----------------------------------------------------------------------------------------
@@ -518,7 +521,10 @@ def predict_costs(
 def _shape(model: str) -> ModelShape:
     """A named shape, or that of a folder's configuration; nothing is downloaded."""
     if not Path(model).is_dir():
-        return ModelShape.named(model)
+        try:
+            return ModelShape.named(model)
+        except InputError as error:
+            raise InputError(f"{error} A folder with a config.json will do too.") from None
     try:
         return ModelShape.of(AutoConfig.from_pretrained(model, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:

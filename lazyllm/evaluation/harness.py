@@ -35,7 +35,7 @@ try:
 except ImportError as missing:
     raise ImportError(
         f"{__name__} needs lm-eval, which is not installed or incomplete ({missing}): "
-        "pip install lazyllm-torch[lm-eval]"
+        'pip install "lazyllm-torch[lm-eval]"'
     ) from missing
 
 MODEL_NAME = "lazyllm"

@@ -19,7 +19,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     """
     if find_spec("lm_eval") is None:
         raise InputError(
-            "the command lm-eval needs lm-eval, which is not installed: pip install lazyllm-torch[lm-eval]"
+            'the command lm-eval needs lm-eval, which is not installed: pip install "lazyllm-torch[lm-eval]"'
         )
     from lm_eval.__main__ import cli_evaluate
 

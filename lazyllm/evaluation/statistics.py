@@ -447,9 +447,10 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
         )
         yield f"{alike}; below {FEW_DIFFERING} the interval of graded values rests on how far they can differ"
     if pairs > 1 and detectable > margin > 0:
+        needed = needed_pairs(margin, mine, theirs)
         yield (
             f"{pairs} pairs find differences from {detectable:.2g} on, not the margin of {margin:.2g}; "
-            f"that takes about {needed_pairs(margin, mine, theirs):,}"
+            f"that takes {f'about {needed:,}' if needed > pairs else 'more'}"
         )
 
 

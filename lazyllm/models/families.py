@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import __version__ as VERSION
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lazyllm.errors import AttachError, UnsupportedModelError
@@ -154,7 +155,8 @@ def _check_layer_calls(name: str, layers: nn.ModuleList) -> None:
     for layer in layers:
         parameters = inspect.signature(layer.forward).parameters
         if missing := [argument for argument in LAYER_ARGUMENTS if argument not in parameters]:
-            raise UnsupportedModelError(f"{name}: its {type(layer).__name__} does not take {', '.join(missing)}")
+            fault = f"its {type(layer).__name__} does not take {', '.join(missing)} (transformers {VERSION})"
+            raise UnsupportedModelError(f"{name}: {fault}")
         required = [
             parameter.name
             for parameter in parameters.values()

@@ -92,9 +92,11 @@ def _found(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, dict[str
     """Folder or repository of a model, and what names its GGUF file, if it is one.
 
     Raises:
-        InputError: when there is no such file.
+        InputError: when there is no such file or folder.
     """
     path = Path(path_or_id)
+    if not path.exists() and str(path_or_id).startswith((".", "/", "~")) and path.suffix != ".gguf":
+        raise InputError(f"there is no folder {str(path_or_id)!r}")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no GGUF file {str(path)!r}")

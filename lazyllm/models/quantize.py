@@ -35,7 +35,7 @@ def weights_named(name: str) -> Weights:
     if name not in WEIGHTS:
         raise InputError(unknown("kind of weights", name, WEIGHTS))
     if find_spec("torchao") is None:
-        raise InputError(f"{name} weights need torchao, which is not installed: pip install lazyllm-torch[quantized]")
+        raise InputError(f'{name} weights need torchao, which is not installed: pip install "lazyllm-torch[quantized]"')
     return name
 
 

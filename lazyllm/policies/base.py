@@ -98,12 +98,13 @@ def explain(error: ValidationError, owner: type[BaseModel]) -> str:
         if fault["type"] == "extra_forbidden":
             lines.append(f"{owner.__name__}: " + unknown("field", where, owner.model_fields))
         else:
+            message = fault["msg"].removeprefix("Value error, ")
             shown = (
                 ""
                 if isinstance(fault["input"], Mapping) and fault["type"] == "missing"
-                else f", got {fault['input']!r}"
+                else f"{' Got' if message.endswith('.') else ', got'} {fault['input']!r}"
             )
-            lines.append(f"{owner.__name__}.{where}: {fault['msg'].removeprefix('Value error, ')}{shown}")
+            lines.append(f"{owner.__name__}.{where}: {message}{shown}")
     return "\n".join(lines)
 
 

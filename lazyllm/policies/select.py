@@ -57,8 +57,9 @@ class Selector:
         self.cut_layers = frozenset(layer for phase in phases for layer in self.cuts(phase))
         if scorer.needs_attention and 0 in self.cut_layers:
             raise ConfigError(
-                f"{schedule} prunes before layer 0, where {type(scorer).__name__} has no attention to read yet; "
-                "start at layer 1 or later, or use a scorer that reads no attention"
+                f"{type(scorer).__name__} has no attention to read before layer 0, where {schedule} prunes; give a "
+                "schedule that starts at layer 1 or later, such as Constant(0.5, start=1), or a scorer that reads no "
+                "attention"
             )
 
     def first(self, step: Step, read_next: Callable[[list[Tensor]], Captured]) -> list[Tensor]:

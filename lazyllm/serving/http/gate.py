@@ -36,7 +36,8 @@ class Gate:
             return None
         if self._knows(headers.get("authorization", "")):
             return None
-        message = "a key is needed, and this is none: send the header Authorization: Bearer KEY"
+        fault = "the key is none of this server's" if "authorization" in headers else "a key is needed"
+        message = f"{fault}: send the header Authorization: Bearer KEY"
         challenge = {"WWW-Authenticate": "Bearer"}
         return ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=challenge)
 
