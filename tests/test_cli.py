@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lazyllm import CACHES, SCHEDULES, SCORERS, Constant, InputError, LazyConfig, LazyPipeline, preset_names
 from lazyllm.cli.main import app
+from lazyllm.evaluation import data
 from lazyllm.policies import Keep, Phase
 from tests.tiny import word_tokenizer
 
@@ -296,9 +297,14 @@ def test_a_prompt_that_is_no_text_is_refused(lazyllm, tmp_path, data: bytes, par
     refused(lazyllm("generate", stdin=data), part, "stdin")
 
 
-@pytest.mark.parametrize("name", ["nothing-here", "nothing.gguf"])
-def test_a_model_that_is_not_there_is_refused(lazyllm, tmp_path, name: str):
-    refused(lazyllm("generate", "--model", tmp_path / name, "--prompt", PROMPT), name)
+@pytest.mark.parametrize(("name", "kind"), [("nothing-here", "folder"), ("nothing.gguf", "GGUF file")])
+def test_a_model_that_is_not_there_is_refused(lazyllm, tmp_path, name: str, kind: str):
+    refused(lazyllm("generate", "--model", tmp_path / name, "--prompt", PROMPT), f"there is no {kind}", name)
+
+
+def test_a_model_that_comes_as_a_package_has_a_name(lazyllm, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "packaged_model", lambda: tmp_path / "packaged.gguf")
+    refused(lazyllm("generate", "--model", "packaged", "--prompt", PROMPT), str(tmp_path / "packaged.gguf"))
 
 
 def test_a_plot_that_cannot_be_written_is_refused_after_the_reply(lazyllm, tmp_path):

@@ -304,7 +304,7 @@ def test_a_wrong_import_path_is_refused(path: str, part: str):
         ({"scorer": "Xyzzy"}, ["unknown scorer 'Xyzzy'. Known:"]),
         (
             {"scorer": {"name": "WindowAttention", "windo": 3}},
-            ["unknown field 'windo'", "Did you mean 'window'?", "pool"],
+            ["unknown field 'windo'", "Did you mean 'window'?", "Known: heads, pool, window. Got {"],
         ),
         ({"scorrer": "Random"}, ["unknown field 'scorrer'", "Did you mean 'scorer'?", "protect"]),
         ({"protect": {"sink": 4}}, ["protect", "sink"]),

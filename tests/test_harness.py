@@ -420,7 +420,7 @@ def test_a_chat_is_read_as_a_chat():
         ("pretrained=x,presett=dense", "unknown model argument 'presett'. Did you mean 'preset'"),
         ("preset=dense", "pretrained=PATH"),
         ("pretrained=/nowhere/at/all.gguf", "there is no GGUF file"),
-        ("pretrained=/nowhere/at/all", "cannot load the model '/nowhere/at/all'"),
+        ("pretrained=/nowhere/at/all", "there is no folder '/nowhere/at/all'"),
         ("pretrained=x,dtype=float23", "unknown dtype 'float23'"),
     ],
 )

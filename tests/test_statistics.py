@@ -327,6 +327,10 @@ def test_small_samples_are_called_small():
     assert row.decision == "undecided"
     assert row.warnings[0] == "5 pairs are too few to say anything; take 20 at least"
     assert "find differences from" in row.warnings[1]
+    assert "that takes about" in row.warnings[1]
+    graded = {"task": {"dense": [0.1, 0.2], "cell": [0.1, 0.21]}}
+    (row,) = compare_family(graded, baseline="dense", margin=0.05)
+    assert row.warnings[-1].endswith("that takes more"), "two pairs do not take two pairs"
     (empty,) = compare_family({"task": {"dense": [None], "cell": [1]}}, baseline="dense")
     assert (empty.pairs, empty.decision, empty.p_value) == (0, "undecided", 1)
 
