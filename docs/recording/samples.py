@@ -54,11 +54,14 @@ def show(command: str, printed: str) -> None:
 
 
 def execute(path: Path) -> None:
-    """Runs all cells of a notebook, and keeps their outputs; what changes from run to run alone is left out."""
+    """Runs all cells of a notebook, and keeps what they print and draw, but for warnings of the machine it runs on."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook, timeout=CELL_SECONDS, record_timing=False, resources={"metadata": {"path": str(ROOT)}}
     ).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     notebook.metadata.language_info = {"name": "python"}
     nbformat.write(notebook, path)
 
