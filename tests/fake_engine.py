@@ -14,6 +14,7 @@ from lazyllm import DropCache, LastTokenAttention, LazyPipeline, Stages
 from lazyllm.errors import Cancelled, Closed, DocumentGone, QueueFull, TooLong
 from lazyllm.serving.engine import EngineLimits, EngineStats
 from lazyllm.serving.jobs import Delta, Depths, DocumentLoaded, Event, Job, JobEnd, JobFailed, Logprob, ReplyEnd, Usage
+from lazyllm.serving.policies import NamedPipelines
 from tests.talks import pipeline, tokenizer
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -97,7 +98,7 @@ def talk(run: Run) -> None:
 Script = Callable[[Run], None]
 
 
-class FakeEngine:
+class FakeEngine(NamedPipelines):
     """Has the face of `Engine`.
 
     Attributes:
@@ -107,6 +108,7 @@ class FakeEngine:
     """
 
     def __init__(self, script: Script = talk, **limits: int) -> None:
+        super().__init__(pipelines())
         self.script, self.limits = script, EngineLimits(**limits)
         self.runs: list[Run] = []
         self.documents: dict[str, Any] = {}
@@ -114,18 +116,8 @@ class FakeEngine:
         self.full, self.is_open = False, True
 
     @property
-    def policies(self) -> tuple[str, ...]:
-        return tuple(pipelines())
-
-    @property
     def words(self) -> int:
         return VOCABULARY
-
-    def pipeline(self, policy: str | None = None) -> LazyPipeline:
-        return pipelines()[policy or "aux"]
-
-    def encode(self, prompt: Any, *, policy: str | None = None, query: Any = None) -> Any:
-        return self.pipeline(policy).encode(prompt, query=query)
 
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> Run:
         longest = self.pipeline(job.policy).max_positions

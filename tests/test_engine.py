@@ -549,6 +549,17 @@ def test_questions_to_a_loaded_document_compute_what_they_need():
             engine.submit(job(prompt_of(pipe, 80), 2, document=name), Listener())
 
 
+def test_a_document_is_asked_by_the_policy_that_loaded_it():
+    pipe = pipeline()
+    with engine_of(pipe, LazyPipeline.from_preset("dense", pipe.model, pipe.tokenizer)) as engine:
+        loading = Listener()
+        engine.load([DOCUMENT], loading, policy="first")
+        name = loading.wait().document
+        asked = engine.document(name).prompt("w3 w5 ?")
+        with pytest.raises(InputError, match=f"{name!r} was loaded by the policy 'first', and is asked by 'second'"):
+            engine.submit(job(asked, 6, document=name, policy="second"), Listener())
+
+
 def test_documents_leave_when_there_is_no_room():
     pipe = pipeline()
     held = pipe.load([DOCUMENT])

@@ -240,7 +240,10 @@ class Engine(NamedPipelines):
         if job.document is not None:
             held = self.document(job.document)
             if held.pipe is not pipe:
-                raise InputError(f"document {job.document!r} was loaded by another policy than the one asked for")
+                own, other = self.policy_of(held.pipe), self.policy_of(pipe)
+                raise InputError(
+                    f"document {job.document!r} was loaded by the policy {own!r}, and is asked by {other!r}"
+                )
             if ids[: len(held)] != held.token_ids:
                 raise InputError(f"the prompt does not begin with document {job.document!r}")
 

@@ -42,6 +42,10 @@ class NamedPipelines:
             raise InputError(unknown("policy", name, self._pipelines))
         return self._pipelines[name]
 
+    def policy_of(self, pipe: LazyPipeline) -> str:
+        """The name of one of the pipelines."""
+        return next(name for name, one in self._pipelines.items() if one is pipe)
+
     def encode(self, prompt: Prompt, *, policy: str | None = None, query: Query | None = None) -> EncodedPrompt:
         """A prompt as a job needs it; may be called by any thread.
 

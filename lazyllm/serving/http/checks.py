@@ -39,6 +39,4 @@ def policy_of_document(service: Service, name: str) -> str:
     Raises:
         DocumentGone: when it is not loaded, or no more.
     """
-    pipe, engine = service.engine.document(name).pipe, service.engine
-    own = (policy for policy in engine.policies if engine.pipeline(policy) is pipe)
-    return next(own, service.names.default)
+    return service.engine.policy_of(service.engine.document(name).pipe)
