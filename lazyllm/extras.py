@@ -8,6 +8,11 @@ from typing import Any
 from lazyllm.errors import MissingExtra
 
 
+def installed_by(extra: str) -> str:
+    """The command that installs an extra, as a shell takes it."""
+    return f'pip install "lazyllm-torch[{extra}]"'
+
+
 def needed(module: str, *, what: str, extra: str) -> Any:
     """A module of an extra.
 
@@ -18,6 +23,6 @@ def needed(module: str, *, what: str, extra: str) -> Any:
         return import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        missing = MissingExtra(f'{what} needs {package}, which is not installed: pip install "lazyllm-torch[{extra}]"')
+        missing = MissingExtra(f"{what} needs {package}, which is not installed: {installed_by(extra)}")
         missing.name = package
         raise missing from None

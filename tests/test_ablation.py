@@ -711,7 +711,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(finished, tmp_path, m
     folder, study, _ = finished
     results = Results.load(folder)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"needs {package}, which is not installed: pip install .lazyllm-torch\["):
+    with pytest.raises(InputError, match=rf'needs {package}, which is not installed: pip install "lazyllm-torch\['):
         {
             "scipy": lambda: study.run(tmp_path / "scipy", load=load),
             "pandas": results.frame,

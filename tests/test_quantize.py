@@ -186,7 +186,7 @@ def test_an_unknown_kind_is_refused_before_anything_is_loaded(tmp_path):
 
 def test_without_torchao_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(InputError, match=r"need torchao.*pip install .lazyllm-torch\[quantized\]."):
+    with pytest.raises(InputError, match=r'need torchao.*pip install "lazyllm-torch\[quantized\]"'):
         load_model(tmp_path / "nothing", weights="int4")
 
 

@@ -17,6 +17,7 @@ from lazyllm.ablation.store import STUDY
 from lazyllm.ablation.study import Study
 from lazyllm.cli.console import device_named, errors_as_lines
 from lazyllm.errors import InputError
+from lazyllm.evaluation.data import PACKAGED
 from lazyllm.evaluation.options import names_in
 from lazyllm.extras import needed
 
@@ -78,7 +79,7 @@ def evaluate(
     question: Annotated[
         str, typer.Option(help="Where it stands: last, first, middle, or later: asked once the rest is loaded.")
     ] = "last",
-    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or the packaged SmolLM2.")] = "packaged",
+    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or the packaged SmolLM2.")] = PACKAGED,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
     name: Annotated[str, typer.Option(help="What the study is called.")] = "eval",

@@ -16,7 +16,6 @@ from lazyllm.models.fingerprint import fingerprint, reading_of, settings_of
 from lazyllm.models.loading import dtype_named, load_model
 from lazyllm.pipeline import LazyPipeline
 
-"""What a study calls the model that comes as a Python package."""
 WARM_UP_TOKENS = 8
 
 Load = Callable[[ModelRef], tuple[PreTrainedModel, PreTrainedTokenizerBase]]

@@ -30,6 +30,7 @@ from lazyllm.ablation.cells import (
 from lazyllm.ablation.figures import Figure
 from lazyllm.config import LazyConfig, preset_names
 from lazyllm.errors import ConfigError
+from lazyllm.evaluation.data import PACKAGED
 from lazyllm.evaluation.quality import STOCK
 from lazyllm.extras import needed
 from lazyllm.files.fields import mapping_in, text_in
@@ -90,7 +91,7 @@ class Study(Value):
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00.][^/\\\x00]*$")] = "study"
-    model: str = "packaged"
+    model: str = PACKAGED
     dtype: str = "float32"
     weights: str | None = None
     device: str = "auto"

@@ -28,6 +28,7 @@ from lazyllm.errors import ConfigError, InputError
 from lazyllm.evaluation.data import quiet_loading
 from lazyllm.evaluation.harness_cli import run_lm_eval
 from lazyllm.evaluation.options import names_in
+from lazyllm.extras import installed_by, needed
 from lazyllm.files.prompts import prompts_in
 from lazyllm.generation.result import GenerationResult
 from lazyllm.models.loading import DTYPES
@@ -50,10 +51,9 @@ try:
     from lazyllm.ablation import commands
     from lazyllm.cli.console import device_named, errors_as_lines, load_or_refuse
     from lazyllm.cli.serve import serve
-    from lazyllm.extras import needed
 except ImportError as missing:
     raise SystemExit(
-        f'the lazyllm command needs {missing.name}, which is not installed: pip install "lazyllm-torch[cli]"'
+        f"the lazyllm command needs {missing.name}, which is not installed: {installed_by('cli')}"
     ) from None
 
 WARM_UP_TOKENS = 8
@@ -138,7 +138,7 @@ def generate(
 @app.command("map")
 @errors_as_lines()
 def map_prompts(
-    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or packaged: SmolLM2.")],
+    model: ModelOption,
     prompts: Annotated[Path, typer.Option(help="A .jsonl file with fields 'prompt' and 'query', or a folder of .txt.")],
     out: Annotated[Path, typer.Option(help="Replies, one JSON line each; what stands there is not computed again.")],
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens of a batch.")] = 8192,
@@ -302,7 +302,7 @@ def _write(
 @app.command("chat")
 @errors_as_lines()
 def chat_with(
-    model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file, or packaged: SmolLM2.")],
+    model: ModelOption,
     document: Annotated[
         list[Path] | None, typer.Option(help="A text file or a folder of them; may be repeated.")
     ] = None,

@@ -22,6 +22,7 @@ from lazyllm.callbacks import PrefillShare
 from lazyllm.config import LazyConfig
 from lazyllm.errors import ConfigError, InputError, LazyLLMError, unknown
 from lazyllm.evaluation.continuations import score_replies
+from lazyllm.extras import installed_by
 from lazyllm.models.loading import dtype_named, load_model
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import TokenRange
@@ -34,8 +35,7 @@ try:
     from tqdm import tqdm
 except ImportError as missing:
     raise ImportError(
-        f"{__name__} needs lm-eval, which is not installed or incomplete ({missing}): "
-        'pip install "lazyllm-torch[lm-eval]"'
+        f"{__name__} needs lm-eval, which is not installed or incomplete ({missing}): {installed_by('lm-eval')}"
     ) from missing
 
 MODEL_NAME = "lazyllm"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from lazyllm.errors import InputError
+from lazyllm.extras import installed_by
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
@@ -18,9 +19,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
         InputError: when lm-eval is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise InputError(
-            'the command lm-eval needs lm-eval, which is not installed: pip install "lazyllm-torch[lm-eval]"'
-        )
+        raise InputError(f"the command lm-eval needs lm-eval, which is not installed: {installed_by('lm-eval')}")
     from lm_eval.__main__ import cli_evaluate
 
     import lazyllm.evaluation.harness  # noqa: F401  # registers the model

@@ -95,12 +95,12 @@ def _found(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, dict[str
         InputError: when there is no such file or folder.
     """
     path = Path(path_or_id)
-    if not path.exists() and str(path_or_id).startswith((".", "/", "~")) and path.suffix != ".gguf":
-        raise InputError(f"there is no folder {str(path_or_id)!r}")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no GGUF file {str(path)!r}")
         path_or_id, gguf_file = path.parent, path.name
+    elif not path.exists() and str(path_or_id).startswith((".", "/", "~")):
+        raise InputError(f"there is no folder {str(path_or_id)!r}")
     elif gguf_file is not None and path.is_dir() and not (path / gguf_file).is_file():
         raise InputError(f"there is no file {gguf_file!r} in {str(path)!r}")
     if gguf_file is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lazyllm.errors import InputError, unknown
+from lazyllm.extras import installed_by
 
 Weights = Literal["int4", "int8"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
@@ -35,7 +36,7 @@ def weights_named(name: str) -> Weights:
     if name not in WEIGHTS:
         raise InputError(unknown("kind of weights", name, WEIGHTS))
     if find_spec("torchao") is None:
-        raise InputError(f'{name} weights need torchao, which is not installed: pip install "lazyllm-torch[quantized]"')
+        raise InputError(f"{name} weights need torchao, which is not installed: {installed_by('quantized')}")
     return name
 
 
