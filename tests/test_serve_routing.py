@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from concurrent.futures import Future
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from lazyllm.serving.engine import EngineLimits, EngineStats
 from lazyllm.serving.jobs import Delta, Job, JobEnd, Usage
 from lazyllm.serving.replicas import remote
 from lazyllm.serving.replicas.remote import RemoteEngine, total
-from lazyllm.serving.replicas.routing import BLOCK_TOKENS, Memory, PrefixRouter, beginnings
+from lazyllm.serving.replicas.routing import BLOCK_TOKENS, MOST_ENDED, Memory, PrefixRouter, beginnings
 from tests.jobs import PATIENCE, Listener, soon
 
 IDS = st.lists(st.integers(0, 3), max_size=5 * BLOCK_TOKENS)
@@ -126,6 +127,35 @@ def test_a_job_counts_once_from_its_choice_to_its_end():
     assert router._jobs() == {"a": 1, "b": 2}  # the other one is gone, and its choice with it
     router.on_request_completed("a", request.metadata.internal_request_id)
     assert router._jobs() == {"b": 2}
+
+
+def test_a_job_that_ends_before_it_is_said_to_have_arrived_does_not_count():
+    router, request = Router({"a": 0, "b": 1}), asked(range(4))
+    assert router.order(range(4), request)[0] == "a"
+    router.on_request_completed("a", request.metadata.internal_request_id)
+    router.on_request_routed(request, "a", None)
+    assert router._jobs() == {"b": 1}
+    assert router._worth("a", range(4)) == 8  # it has seen the prompt none the less
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_job_that_is_sent_again_counts_where_it_is(late):
+    router, request = Router({"a": 0, "b": 0}), asked([])
+    lost = partial(router.on_request_completed, "a", request.metadata.internal_request_id)
+    if not late:
+        lost()
+    router.on_request_routed(request, "b", None)
+    if late:
+        lost()
+    assert router._jobs() == {"b": 1}
+
+
+def test_what_ends_and_never_arrives_is_remembered_in_bounds():
+    router = Router({"a": 0, "b": 1})
+    for _ in range(2 * MOST_ENDED):  # what was never sent by this way, and ends
+        router.on_request_completed("a", next(NUMBERS))
+    assert len(router._ended) == MOST_ENDED
+    assert router.order(request=asked([]))[0] == "a"
 
 
 def test_what_asks_for_no_prompt_goes_anywhere():

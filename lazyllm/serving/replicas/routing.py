@@ -6,7 +6,7 @@ Ray pickles a router by value, all of this module with it; so nothing else of la
 from __future__ import annotations
 
 import random
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +16,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 BLOCK_TOKENS = 16
 MOST_BLOCKS = 2**16
 """How many blocks of tokens are remembered of a replica."""
+MOST_ENDED = 2**10
+"""How many requests are remembered that had ended before they were said to have arrived."""
 
 
 def beginnings(token_ids: Sequence[int], policy: str | None = None) -> tuple[int, ...]:
@@ -64,7 +66,9 @@ class PrefixRouter(RequestRouter):
         self._running: int = kwargs["running"]
         self._memories: dict[ReplicaID, Memory] = {}
         self._chosen: WeakKeyDictionary[Any, ReplicaID] = WeakKeyDictionary()  # by future, of requests on their way
-        self._there: dict[str, ReplicaID] = {}  # by id, of requests that have arrived and not ended
+        # a request that loses its replica is sent again by the same id
+        self._there: set[tuple[str, ReplicaID]] = set()  # requests that have arrived and not ended
+        self._ended: deque[tuple[str, ReplicaID]] = deque(maxlen=MOST_ENDED)  # those that were never there
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -81,7 +85,7 @@ class PrefixRouter(RequestRouter):
     def _jobs(self) -> Counter[ReplicaID]:
         """Of each replica, those on their way to it and those that it has; what it says itself is late in a burst."""
         coming = (replica for future, replica in self._chosen.items() if not future.cancelled())
-        return Counter((*coming, *self._there.values()))
+        return Counter((*coming, *(replica for _, replica in self._there)))
 
     def _worth(self, replica: ReplicaID, blocks: Sequence[int]) -> float:
         """How many jobs a replica's knowledge of a prompt stands for."""
@@ -89,21 +93,25 @@ class PrefixRouter(RequestRouter):
         return self._running * memory.share(blocks) if memory else 0.0
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Remembers who has a request, and has seen its prompt."""
+        """Remembers who has a request, and has seen its prompt; a short one may have ended by now."""
         self._chosen.pop(pending_request.future, None)
-        self._there[pending_request.metadata.internal_request_id] = replica_id
+        if (place := (pending_request.metadata.internal_request_id, replica_id)) not in self._ended:
+            self._there.add(place)
         if blocks := _blocks(pending_request):
             self._memories.setdefault(replica_id, Memory()).note(blocks)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Forgets a request that has ended."""
-        self._there.pop(internal_request_id, None)
+        if (place := (internal_request_id, replica_id)) in self._there:
+            self._there.remove(place)
+        else:
+            self._ended.append(place)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Takes the replicas that there are now, and forgets those that are gone."""
         super().update_replicas(replicas)
         self._memories = {one: memory for one, memory in self._memories.items() if one in self.curr_replicas}
-        self._there = {request: one for request, one in self._there.items() if one in self.curr_replicas}
+        self._there = {place for place in self._there if place[1] in self.curr_replicas}
 
 
 def _blocks(request: PendingRequest | None) -> Sequence[int]:
