@@ -38,6 +38,7 @@ from lazyllm.models.families import DecoderContract, contract_of, input_device
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
+from lazyllm.models.names import CACHE, CACHES
 from lazyllm.models.reader import Reader, open_readers
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
@@ -350,7 +351,8 @@ class LazyPipeline:
         held = [len(row.ledger) for row in cache.rows]
         ids, mask = pad_left(prompts, asked.pad_token_id, input_device(self.model))
         clock, recorder = TokenClock(self.model.device), StepRecorder(self._contract.windows)
-        given = {**asked.for_model(self.tokenizer), "past_key_values": cache}
+        given = {name: one for name, one in asked.for_model(self.tokenizer).items() if name not in CACHES}
+        given[CACHE] = cache
         given["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
         with cache.claim("generation"), self.attached(callbacks=[recorder, *callbacks]) as lazy:
             read_before = self._read_flops
@@ -557,7 +559,7 @@ class LazyPipeline:
 
     def _cache_for(self, prompts: Sequence[EncodedPrompt], prefixes: PrefixCache | None, options: Options) -> LazyCache:
         """The cache to generate on: the one among the options, a stored one, or a new one."""
-        cache = options.get("past_key_values")
+        cache = next((options[name] for name in CACHES if options.get(name) is not None), None)
         if prefixes is not None:
             if cache is not None:
                 raise InputError("give prefixes or past_key_values, not both: a cache that is given has its own tokens")

@@ -17,6 +17,7 @@ from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback
 from lazyllm.errors import CacheError, InputError, TooLong
 from lazyllm.generation.result import GenerationResult
+from lazyllm.models.names import CACHE
 from lazyllm.policies.base import explain
 from lazyllm.policies.query import Query, check_query
 from lazyllm.prompts import (
@@ -354,7 +355,7 @@ def load_document(
     ids = torch.tensor([piece.token_ids], device=pipe.model.device)
     positions = torch.arange(start, start + tokens, device=ids.device)[None]
     with torch.no_grad(), pipe.loading(depth, callbacks=callbacks) as (model, layers):
-        model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        model(ids, position_ids=positions, **{CACHE: cache}, logits_to_keep=1)
     ledger = cache.rows[0].ledger
     seconds = time.perf_counter() - began
     stats = LoadStats(tokens, layers, ledger.layers, seconds, cache.kv_bytes, cache.aux_bytes)

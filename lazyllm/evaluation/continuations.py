@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lazyllm.caches import LazyCache
 from lazyllm.callbacks import Callback
+from lazyllm.models.names import CACHE
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.prompts import EncodedPrompt, pad_left
 
@@ -91,7 +92,5 @@ def _follow(
 def _next_logits(model: Any, cache: LazyCache, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits [b, v] behind new columns `ids` [b, n], given the mask [b, columns] of all; padding has no position."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = model(
-        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    output = model(ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     return cast(Tensor, output.logits[:, -1])

@@ -24,6 +24,7 @@ from lazyllm.errors import ConfigError, InputError, LazyLLMError, unknown
 from lazyllm.evaluation.continuations import score_replies
 from lazyllm.extras import installed_by
 from lazyllm.models.loading import dtype_named, load_model
+from lazyllm.models.names import CACHE
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import TokenRange
 from lazyllm.prompts import EncodedPrompt, encode, encode_chat_text
@@ -160,7 +161,7 @@ class LazyLM(HFLM):
         """Generates from the batch that was encoded last."""
         cache = self.pipe.new_cache(marks=self._batch_marks)
         with self.pipe.attached(callbacks=[self.share]):
-            return super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+            return super()._model_generate(context, max_length, stop, **{CACHE: cache}, **options)
 
     # -- log-likelihoods -----------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class LazyLM(HFLM):
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [b, t, v] of whole requests; the stack refuses it where one of them was pruned."""
         with torch.no_grad(), self.pipe.attached(callbacks=[self.share]) as model:
-            logits: Tensor = model(inps, past_key_values=self.pipe.new_cache()).logits
+            logits: Tensor = model(inps, **{CACHE: self.pipe.new_cache()}).logits
         return logits
 
     def _loglikelihood_tokens(

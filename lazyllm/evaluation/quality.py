@@ -22,6 +22,7 @@ from lazyllm.evaluation.fidelity import divergence, token_agreement, top1_agreem
 from lazyllm.evaluation.metrics import rouge_l
 from lazyllm.evaluation.tasks import Item
 from lazyllm.generation.options import Options
+from lazyllm.models.names import CACHE
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import AUTO_TOKENS
 from lazyllm.prompts import EncodedPrompt, Prompt, tokens_touching
@@ -113,7 +114,7 @@ class Contender:
         cache = _cache(self.pipe, encoded)
         if loaded:
             with self.pipe.loading(callbacks=[counter]) as (model, _):
-                model(_ids(encoded, model)[:, :loaded], past_key_values=cache, logits_to_keep=1)
+                model(_ids(encoded, model)[:, :loaded], **{CACHE: cache}, logits_to_keep=1)
         with self.pipe.attached(callbacks=[counter]) as model:
             yield model, cache, counter
 
@@ -306,7 +307,7 @@ def _second_turn(contender: Contender, start: _Start, encoded: EncodedPrompt, it
         asked = (len(before) + begin, len(before) + end)
         cache.mark_prompts([PromptMarks(encoded.marks.protected, (asked,), asked=True)])
     new = torch.tensor([conversation[fed:]], device=model.device)
-    logits = model(new, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    logits = model(new, **{CACHE: cache}, logits_to_keep=1).logits[0, -1]
     int(logits.argmax())  # waits for the device
     seconds = time.perf_counter() - asked_at
     recall = _recall(contender.pipe, item, cache)
@@ -347,7 +348,7 @@ def _ids(encoded: EncodedPrompt, model: Any) -> Tensor:
 def _first_logits(model: Any, cache: Any, encoded: EncodedPrompt) -> Tensor:
     """Prefills what the cache does not hold; the logits [n] behind the prompt."""
     new = _ids(encoded, model)[:, cache.get_seq_length() :]
-    return cast(Tensor, model(new, past_key_values=cache, logits_to_keep=1).logits[0, -1])
+    return cast(Tensor, model(new, **{CACHE: cache}, logits_to_keep=1).logits[0, -1])
 
 
 def _cache(pipe: LazyPipeline, encoded: EncodedPrompt) -> LazyCache:
@@ -357,7 +358,7 @@ def _cache(pipe: LazyPipeline, encoded: EncodedPrompt) -> LazyCache:
 def _say(model: Any, cache: Any, tokens: Sequence[int]) -> Tensor:
     """Feeds tokens, each in a step of its own as in decoding; the logits [n] behind the last."""
     for token in tokens:
-        logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache).logits[0, -1]
+        logits = model(torch.tensor([[token]], device=model.device), **{CACHE: cache}).logits[0, -1]
     return cast(Tensor, logits)
 
 
@@ -399,7 +400,7 @@ def _step(model: Any, caches: Sequence[Any], tokens: Sequence[int]) -> Tensor:
         return torch.stack([_say(model, cache, [token]) for cache, token in zip(caches, tokens, strict=True)])
     ids = torch.tensor([[token] for token in tokens], device=model.device)
     positions = torch.tensor([[cache.get_seq_length()] for cache in caches], device=model.device)
-    output = model(ids, position_ids=positions, past_key_values=LazyCache.beside(caches))
+    output = model(ids, position_ids=positions, **{CACHE: LazyCache.beside(caches)})
     return cast(Tensor, output.logits[:, -1])
 
 

@@ -12,6 +12,7 @@ from lazyllm.caches import DropCache
 from lazyllm.caches.step import Step
 from lazyllm.models.attach import attached
 from lazyllm.models.families import contract_of
+from lazyllm.models.names import CACHE
 from lazyllm.models.reader import open_readers
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.base import Keep, Phase, Schedule, Scorer, layer_number, stable_top
@@ -121,7 +122,7 @@ def _pass(pipe: LazyPipeline, scorer: Scorer, prompt: Prompt, schedule: Before) 
     ids = torch.tensor([encoded.token_ids], device=model.device)
     try:
         with attached(model, contract, watcher):
-            model(ids, past_key_values=own.new_cache(marks=[encoded.marks]), logits_to_keep=1)
+            model(ids, **{CACHE: own.new_cache(marks=[encoded.marks])}, logits_to_keep=1)
     except _Done:
         pass
     return watcher.found

@@ -18,9 +18,10 @@ from lazyllm.errors import AttachError, UnsupportedModelError
 from lazyllm.models.adapters import adapters_of
 from lazyllm.models.attention import ATTENTION_NAME, KERNELS, AttentionPlan, Captured, RowPlan
 from lazyllm.models.masks import EVERYTHING
+from lazyllm.models.names import CACHE
 from lazyllm.models.ranks import ALONE, Ranks, ranks_of
 
-LAYER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "position_embeddings")
+LAYER_ARGUMENTS = ("attention_mask", "position_ids", CACHE, "position_embeddings")
 DECODER_ARGUMENTS = {"input_ids", "inputs_embeds", "cache_position", *LAYER_ARGUMENTS}
 ATTENDING_TYPES = ("full_attention", "sliding_attention")
 _ONE_ROPE = "every layer"
@@ -232,8 +233,8 @@ def _try_layer(contract: DecoderContract, index: int) -> str | None:
             hidden,
             attention_mask=plan,
             position_ids=positions,
-            past_key_values=view,
             position_embeddings=contract.to_layer(rope, index),
+            **{CACHE: view},
         )
     except Exception as error:
         return f"cannot run on a packed step: {type(error).__name__}: {error}"

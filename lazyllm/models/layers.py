@@ -22,6 +22,7 @@ from lazyllm.caches.lazy_cache import LayerView
 from lazyllm.errors import UnsupportedModelError
 from lazyllm.models.attention import AttentionCall, AttentionPlan, Captured, planned_attention
 from lazyllm.models.families import DecoderContract
+from lazyllm.models.names import CACHE
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def run_layer(
         packed.hidden,
         attention_mask=plan,
         position_ids=packed.positions,
-        past_key_values=view,
         position_embeddings=packed.rope,
+        **{CACHE: view},
         **options,
     )
     return output
@@ -169,8 +170,8 @@ def _run_inside(layer: nn.Module, hidden: Tensor, positions: Tensor, rope: Any, 
         hidden,
         attention_mask=None,
         position_ids=positions,
-        past_key_values=_CACHE,
         position_embeddings=rope,
+        **{CACHE: _CACHE},
         **options,
     )
 

@@ -21,6 +21,7 @@ from lazyllm.models.attention import Captured
 from lazyllm.models.families import DecoderContract, input_device
 from lazyllm.models.flops import causal_pairs, flop_model
 from lazyllm.models.loading import load_model
+from lazyllm.models.names import CACHE
 from lazyllm.policies.base import LayerIndex
 from lazyllm.policies.protect import Protect
 from lazyllm.policies.schedules import Constant
@@ -68,7 +69,7 @@ class Reader:
         watcher = _Watcher(len(contract.layers), queries)
         with self._running(watcher, contract), torch.no_grad():
             # The decoder alone: logits of a model without its last layers would mean nothing.
-            contract.decoder(input_ids=self._batch(token_ids), past_key_values=LazyCache(DenseCache()))
+            contract.decoder(input_ids=self._batch(token_ids), **{CACHE: LazyCache(DenseCache())})
         self._count(contract, 0, token_ids.numel())
         return watcher.noted[0]
 
@@ -79,7 +80,7 @@ class Reader:
         step, seen = self._batch(token_ids), 0
         with self._running(watcher, self.contract), torch.no_grad():
             for _ in range(tokens):
-                logits = self.model(step, past_key_values=cache, logits_to_keep=1).logits
+                logits = self.model(step, **{CACHE: cache}, logits_to_keep=1).logits
                 self._count(self.contract, seen, seen + step.shape[1])
                 seen += step.shape[1]
                 step = logits[:, -1:].argmax(-1)
@@ -92,7 +93,7 @@ class Reader:
         parts = [torch.zeros(1)]
         with self._running(_Watcher(len(self.contract.layers), 0), self.contract), torch.no_grad():
             for start in range(0, ids.shape[1], CHUNK):
-                logits = self.model(ids[:, start : start + CHUNK], past_key_values=cache).logits[0]
+                logits = self.model(ids[:, start : start + CHUNK], **{CACHE: cache}).logits[0]
                 told = ids[0, start + 1 : start + 1 + logits.shape[0]]
                 losses = nn.functional.cross_entropy(logits[: told.numel()].float(), told, reduction="none")
                 parts.append(losses.cpu())

@@ -22,6 +22,7 @@ from lazyllm.models.attention import AttentionPlan, Captured, Peeked, RowPlan
 from lazyllm.models.families import DecoderContract
 from lazyllm.models.layers import Packed, RunLayer, noting_updates, run_layer
 from lazyllm.models.masks import RowMasks, Seen, seen_by
+from lazyllm.models.names import CACHE
 from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.scoring import Readings
 from lazyllm.policies.select import Selector
@@ -64,7 +65,6 @@ class LazyStack(nn.Module):
         *others: object,
         attention_mask: Tensor | Seen | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: LazyCache | None = None,
         position_embeddings: object = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -73,8 +73,8 @@ class LazyStack(nn.Module):
         n is t, or as many columns at the end as the caller of the model said it would read (`logits_to_keep`). Where
         the call brings the end of a prompt and candidates for its reply, that is a prefill and a decode step.
         """
+        cache = self._admit(kwargs.pop(CACHE, None), hidden_states)
         self._refuse_tensors(*others, **kwargs)
-        cache = self._admit(past_key_values, hidden_states)
         keep = (self.logits_to_keep or None) if isinstance(self.logits_to_keep, int) else None
         seen = seen_by(attention_mask)
         arrival = Arrival(hidden_states, seen.padding, position_ids, self.places, seen.ahead, self.token_ids, keep)

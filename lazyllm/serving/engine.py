@@ -19,6 +19,7 @@ from lazyllm.contexts.prefixes import PrefixCache
 from lazyllm.errors import Cancelled, Closed, ConfigError, DocumentGone, InputError, QueueFull, TooLong
 from lazyllm.generation.options import Options
 from lazyllm.models.families import input_device
+from lazyllm.models.names import CACHE
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.runtime import end_helper_threads, give_back_free_memory
 from lazyllm.serving.jobs import DocumentLoaded, Event, Job
@@ -382,7 +383,7 @@ class Engine(NamedPipelines):
             pipe.attached(callbacks=[_Between(self, task)], inside=True) as model,
             cache.replying([job.prompt.marks], len(ids)),
         ):
-            logits = model(input_ids=new, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+            logits = model(input_ids=new, **{CACHE: cache}, logits_to_keep=1).logits[0, -1]
         ledger = cache.rows[0].ledger
         task.computed = (_depth(cache) - before) / (ledger.layers * task.tokens)
         depths = ledger.depth[: task.tokens].clone()
@@ -479,7 +480,7 @@ class Engine(NamedPipelines):
         positions = torch.tensor([[reply.position] for reply in batch], device=device)
         cache = LazyCache.beside([reply.cache for reply in batch])
         with pipe.attached(inside=True) as model:
-            output = model(input_ids=ids, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            output = model(input_ids=ids, position_ids=positions, **{CACHE: cache}, logits_to_keep=1)
         for reply in batch:
             reply.note_depths()
         logits: Tensor = output.logits[:, -1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lazyllm.caches.row import PromptMarks
 from lazyllm.callbacks import Callback, TokenTrace
+from lazyllm.models.names import CACHE
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.protect import Protect
 from lazyllm.testing.models import VOCABULARY
@@ -94,7 +95,7 @@ class Run:
         mask = torch.cat([self._real, real], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         with torch.no_grad(), self.pipe.attached(callbacks=[self.trace, *callbacks], missing="nan") as model:
-            found = model(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache).logits
+            found = model(ids, attention_mask=mask, position_ids=positions, **{CACHE: self.cache}).logits
         self.logits.append([found[row, chosen.bool()] for row, chosen in enumerate(real)])
         self.lengths.append([len(row.ledger) for row in self.cache.rows])
         self._real = mask

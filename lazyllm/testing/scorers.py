@@ -16,6 +16,7 @@ from lazyllm.caches.aux_cache import AuxCache
 from lazyllm.caches.drop_cache import DropCache
 from lazyllm.caches.row import PromptMarks
 from lazyllm.models.attention import AttentionInputs
+from lazyllm.models.names import CACHE
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.base import ScoreContext, Scorer
 from lazyllm.policies.protect import Protect
@@ -228,7 +229,7 @@ def _check_edges(scorer: Scorer, pipe: LazyPipeline) -> None:
     embeddings: Any = pipe.model.get_input_embeddings()
     reading = running(scorer, "on embeddings instead of token ids", may_refuse=True)
     with reading, torch.no_grad(), pipe.attached(missing="nan") as model:
-        model(inputs_embeds=embeddings(batch_ids()[0][0][None]), past_key_values=pipe.new_cache())
+        model(inputs_embeds=embeddings(batch_ids()[0][0][None]), **{CACHE: pipe.new_cache()})
     with running(scorer, "in a step that is interrupted"), suppress(Interruption):
         Run(pipe, rows=1).step([batch_ids(1)[0][0]], callbacks=[Interrupting()])
     with running(scorer, "in generate", may_refuse=True):
