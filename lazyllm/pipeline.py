@@ -559,7 +559,7 @@ class LazyPipeline:
 
     def _cache_for(self, prompts: Sequence[EncodedPrompt], prefixes: PrefixCache | None, options: Options) -> LazyCache:
         """The cache to generate on: the one among the options, a stored one, or a new one."""
-        cache = next((options[name] for name in CACHES if options.get(name) is not None), None)
+        cache = next((one for one in map(options.get, CACHES) if one is not None), None)
         if prefixes is not None:
             if cache is not None:
                 raise InputError("give prefixes or past_key_values, not both: a cache that is given has its own tokens")
