@@ -38,7 +38,7 @@ from lazyllm.models.families import DecoderContract, contract_of, input_device
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
-from lazyllm.models.names import CACHE, CACHES
+from lazyllm.models.names import CACHE, CACHES, cache_in
 from lazyllm.models.reader import Reader, open_readers
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
@@ -559,7 +559,7 @@ class LazyPipeline:
 
     def _cache_for(self, prompts: Sequence[EncodedPrompt], prefixes: PrefixCache | None, options: Options) -> LazyCache:
         """The cache to generate on: the one among the options, a stored one, or a new one."""
-        cache = next((one for one in map(options.get, CACHES) if one is not None), None)
+        cache = cache_in(options.get)
         if prefixes is not None:
             if cache is not None:
                 raise InputError("give prefixes or past_key_values, not both: a cache that is given has its own tokens")

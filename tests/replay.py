@@ -18,6 +18,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lazyllm import CachePolicy, QuantizedAux, QuantizedKV
 from lazyllm.callbacks import LayerEnd
+from lazyllm.models.names import CACHE
 from tests.histories import History
 
 TOLERANCE = 1e-12
@@ -106,7 +107,7 @@ class ReplayStack(nn.Module):
                 attention_mask=mask,
                 position_ids=positions,
                 position_embeddings=rope,
-                past_key_values=keys_and_values,
+                **{CACHE: keys_and_values},
                 **shared,
             )
         return hidden

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lazyllm import AuxCache, Constant, LastTokenAttention, LazyPipeline, UnsupportedModelError
+from lazyllm.models.names import CACHE
 from tests.tiny import random_ids, tiny_model
 
 IDS = random_ids(1, 30)[0]
@@ -204,8 +205,8 @@ def test_a_layer_that_changes_what_the_cache_gave_is_refused():
     attention = model.model.layers[1].self_attn
 
     class Doubling(type(attention)):
-        def forward(self, *args, past_key_values, **options):
-            return super().forward(*args, past_key_values=Doubled(past_key_values), **options)
+        def forward(self, *args, **options):
+            return super().forward(*args, **options | {CACHE: Doubled(options[CACHE])})
 
     attention.__class__ = Doubling
     with pytest.raises(UnsupportedModelError, match=r"layer 1 .* cannot run on a packed step: TypeError"):

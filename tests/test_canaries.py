@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lazyllm import LazyPipeline
 from lazyllm.models.attention import ATTENTION_NAME, eager_kernel
+from lazyllm.models.names import CACHE
 from tests.tiny import FAMILIES, LAYERS, WINDOW, random_ids, tiny_model
 
 
@@ -83,7 +84,7 @@ def test_generate_takes_a_cache_and_reads_its_columns():
     """Trap 5 and 6: `get_seq_length` is the logical length; without a cache the model makes its own."""
     model = tiny_model()
     with torch.no_grad():
-        assert isinstance(model(random_ids(1, 4)).past_key_values, DynamicCache)
+        assert isinstance(getattr(model(random_ids(1, 4)), CACHE), DynamicCache)
     pipe = LazyPipeline.from_preset("paper", model)
     cache = pipe.new_cache()
     pipe.generate(random_ids(1, 20)[0], past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=-1)

@@ -29,6 +29,7 @@ from lazyllm.caches.arrival import Arrival
 from lazyllm.callbacks import LayerEnd, RowTrace
 from lazyllm.generation.clock import TokenClock
 from lazyllm.generation.options import REFUSED
+from lazyllm.models.names import CACHE
 from tests.histories import CACHES, FORGETTING_CACHES, policies
 from tests.replay import replay
 from tests.tiny import LAYERS, VOCABULARY, random_ids, tiny_model, word_tokenizer
@@ -179,7 +180,7 @@ def test_candidates_may_come_from_a_model_with_another_tokenizer():
 def test_a_loop_of_the_callers_is_run():
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         for _ in range(4):
-            new = input_ids.shape[1] - kwargs["past_key_values"].get_seq_length()
+            new = input_ids.shape[1] - kwargs[CACHE].get_seq_length()
             output = model(**model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **kwargs))
             kwargs = model._update_model_kwargs_for_generation(output, kwargs)
             input_ids = torch.cat([input_ids, output.logits[:, -1:].argmax(-1)], dim=1)
@@ -199,7 +200,7 @@ def test_scores_and_logits_are_those_of_the_unmodified_model():
     lazy = LazyPipeline.from_preset("dense", model).generate(PROMPT, **options).output
     assert torch.equal(torch.stack(lazy.scores), torch.stack(stock.scores))
     assert torch.equal(torch.stack(lazy.logits), torch.stack(stock.logits))
-    assert isinstance(lazy.past_key_values, LazyCache)
+    assert isinstance(getattr(lazy, CACHE), LazyCache)
 
 
 # -- one prompt, several rows ------------------------------------------------------------------------

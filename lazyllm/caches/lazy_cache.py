@@ -226,8 +226,8 @@ class LazyCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` takes back everything a step did; not so once older tokens were revived in it."""
-        return False
+        """Whether `crop` can take columns back. What a step revived of older tokens stays: it is right at any time."""
+        return True
 
     @property
     def is_initialized(self) -> bool:

@@ -17,7 +17,7 @@ from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback
 from lazyllm.errors import CacheError, InputError, TooLong
 from lazyllm.generation.result import GenerationResult
-from lazyllm.models.names import CACHE
+from lazyllm.models.names import CACHE, CACHES
 from lazyllm.policies.base import explain
 from lazyllm.policies.query import Query, check_query
 from lazyllm.prompts import (
@@ -165,8 +165,8 @@ class Document:
             InputError: for a blank question, a part that does not begin at position 0, or when positions run out.
             CacheError: while another question is answered; ask a `fork()`, or wait for its end.
         """
-        if "past_key_values" in options:
-            raise InputError("a document has its own cache; give past_key_values to pipe.generate")
+        if taken := [name for name in CACHES if name in options]:
+            raise InputError(f"a document has its own cache; give {taken[0]} to pipe.generate")
         encoded = self.prompt(question, query=query)
         if not self.pipe.config.cache.revives:  # a question takes nothing deeper, and may evict
             return self.pipe.generate(encoded, past_key_values=self.cache.fork(), **options)

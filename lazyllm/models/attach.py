@@ -20,7 +20,7 @@ from lazyllm.models.attention import ATTENTION_NAME
 from lazyllm.models.families import DecoderContract, contract_of, try_layers
 from lazyllm.models.layers import RunLayer, run_layer
 from lazyllm.models.masks import seen_by
-from lazyllm.models.names import CACHES
+from lazyllm.models.names import cache_in
 from lazyllm.models.stack import LazyStack, Missing
 from lazyllm.policies.depth_limit import DepthLimit
 from lazyllm.policies.select import Selector
@@ -74,7 +74,7 @@ def _note_call(stack: LazyStack) -> Any:
 
 def _without_held(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The call without the columns its cache holds: assisted decoding begins with the whole sequence all the same."""
-    cache, ids = next((kwargs[name] for name in CACHES if name in kwargs), None), kwargs.get("input_ids")
+    cache, ids = cache_in(kwargs.get), kwargs.get("input_ids")
     if not isinstance(cache, LazyCache) or ids is None or not cache.repeats(ids.shape[1]):
         return kwargs
     parts = {name: kwargs[name] for name in ("input_ids", "position_ids") if kwargs.get(name) is not None}
