@@ -72,7 +72,7 @@ def test_a_lazy_cache_overrides_all_that_transformers_caches_do_by_their_layers(
         and "self.layers" in inspect.getsource(member.fget if isinstance(member, property) else member)
     ]
     harmless = {
-        "__init__", "__repr__", "__len__", "is_sliding", "is_linear", "is_dummy", "is_compileable",
+        "__init__", "__repr__", "__len__", "is_sliding", "is_dummy", "is_compileable",
         "activate_past_recording", "is_recording_past", "prefetch", "offload", "early_initialization",
         "has_previous_state", "get_query_offset", "update_conv_state", "update_recurrent_state",
         "get_conv_state", "get_recurrent_state", "update_indexer",

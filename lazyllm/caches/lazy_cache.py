@@ -230,6 +230,11 @@ class LazyCache(Cache):
         return True
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Not one layer keeps a running state in place of keys and values; an empty list would say that all do."""
+        return [False]
+
+    @property
     def is_initialized(self) -> bool:
         """Whether a step has run."""
         return bool(self.rows)
