@@ -38,7 +38,7 @@ from lazyllm.models.families import DecoderContract, contract_of, input_device
 from lazyllm.models.flops import flop_model
 from lazyllm.models.layers import CompiledLayers, RunLayer, run_layer
 from lazyllm.models.loading import load_model
-from lazyllm.models.names import CACHE, CACHES, cache_in
+from lazyllm.models.names import CACHE, CACHE_NAMES, cache_in
 from lazyllm.models.reader import Reader, open_readers
 from lazyllm.models.stack import Missing
 from lazyllm.policies.base import Schedule, Scorer
@@ -351,7 +351,7 @@ class LazyPipeline:
         held = [len(row.ledger) for row in cache.rows]
         ids, mask = pad_left(prompts, asked.pad_token_id, input_device(self.model))
         clock, recorder = TokenClock(self.model.device), StepRecorder(self._contract.windows)
-        given = {name: one for name, one in asked.for_model(self.tokenizer).items() if name not in CACHES}
+        given = {name: one for name, one in asked.for_model(self.tokenizer).items() if name not in CACHE_NAMES}
         given[CACHE] = cache
         given["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), clock])
         with cache.claim("generation"), self.attached(callbacks=[recorder, *callbacks]) as lazy:

@@ -1,6 +1,8 @@
 """One canary per behaviour of transformers that lazyllm relies on: an upgrade that changes it fails here, by name."""
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import lazyllm
 from lazyllm import LazyPipeline
 from lazyllm.models.attention import ATTENTION_NAME, eager_kernel
 from lazyllm.models.names import CACHE
@@ -44,6 +47,18 @@ def test_sdpa_without_a_mask_cuts_the_keys_to_the_queries():
     cut, _ = sdpa(module, query, key, key, None, scaling=1.0)
     same, _ = sdpa(module, query, key[:, :, :2], key[:, :, :2], None, scaling=1.0)
     assert torch.equal(cut, same)
+
+
+def test_no_model_is_given_its_cache_by_a_name_that_only_some_versions_have():
+    """The argument is called what the installed transformers calls it; a pipeline's `generate` takes every name."""
+    calls = [
+        (path.name, call.lineno)
+        for path in Path(lazyllm.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and {"past_key_values", "cache"} & {one.arg for one in call.keywords}
+        if ast.unparse(call.func).split(".")[-1] in {"model", "lazy", "layer", "decoder"}
+    ]
+    assert calls == []
 
 
 def test_our_attention_is_registered_with_its_mask_function():

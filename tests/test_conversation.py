@@ -32,6 +32,7 @@ from lazyllm import (
 from lazyllm.caches.saved import DOCUMENT as CACHE_DOCUMENT
 from lazyllm.contexts import conversation
 from lazyllm.contexts.prefixes import held_ids
+from lazyllm.models.names import CACHE_NAMES
 from tests.talks import (
     DOCUMENT,
     FORGETFUL,
@@ -327,7 +328,7 @@ def test_a_beginning_that_cannot_be(options: dict, message: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"past_key_values": None}, "leave out past_key_values"),
+        *[({name: None}, f"leave out {name}") for name in CACHE_NAMES],
         ({"prefixes": None}, "leave out prefixes"),
         ({"num_beams": 3}, "these options make 3"),
         ({"num_return_sequences": 2, "do_sample": True}, "these options make 2"),

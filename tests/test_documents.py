@@ -34,6 +34,7 @@ from lazyllm import (
 )
 from lazyllm.caches.saved import DOCUMENT
 from lazyllm.callbacks import Callback
+from lazyllm.models.names import CACHE_NAMES
 from tests.histories import Moving
 from tests.replay import replay
 from tests.test_saved import same_cache
@@ -462,8 +463,9 @@ def test_bad_questions_are_refused():
     for question in ("", " \n"):
         with pytest.raises(InputError, match="the question"):
             document.ask(question)
-    with pytest.raises(InputError, match="cache"):
-        document.ask(QUESTION, past_key_values=document.cache)
+    for name in CACHE_NAMES:
+        with pytest.raises(InputError, match=f"its own cache; give {name} to"):
+            document.ask(QUESTION, **{name: document.cache})
     with pytest.raises(InputError, match="positions for 256"):
         document.ask(words(0, 230))
     with pytest.raises(InputError, match="encoded prompt"):

@@ -25,6 +25,7 @@ from lazyllm import (
     WindowAttention,
 )
 from lazyllm.models.flops import causal_pairs
+from lazyllm.models.names import CACHE_NAMES
 from tests.histories import CACHES, PROTECT, SCORERS, schedules
 from tests.tiny import LAYERS, random_ids, tiny_model
 
@@ -133,12 +134,14 @@ def test_beams_and_assisted_decoding_run_under_pruning(options: dict):
     assert len(result.token_ids) == 6
 
 
-def test_a_cache_carries_a_conversation_on():
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_carries_a_conversation_on(name: str):
     pipe = LazyPipeline(tiny_model(), cache=AuxCache(), **PRUNING)
     first, second = random_ids(1, 20)[0].tolist(), random_ids(1, 6, 1)[0].tolist()
     cache = pipe.new_cache()
-    reply = pipe.generate(first, past_key_values=cache, max_new_tokens=4, **GREEDY)
-    follow = pipe.generate([*first, *reply.token_ids, *second], past_key_values=cache, max_new_tokens=3, **GREEDY)
+    given = {name: cache, **GREEDY}
+    reply = pipe.generate(first, max_new_tokens=4, **given)
+    follow = pipe.generate([*first, *reply.token_ids, *second], max_new_tokens=3, **given)
     assert cache.get_seq_length() == 20 + 4 + 6 + 2
     assert follow.stats.tokens_per_layer[0][0].computed == 7
     assert follow.stats.revived_tokens > 0

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyllm import InputError, LazyPipeline, TokenTrace
+from lazyllm.models.names import CACHE_NAMES
 from lazyllm.pages.inspection import record, save_inspection
 from lazyllm.pages.pieces import prompt_pieces, reply_pieces
 from lazyllm.pages.render import as_json
@@ -173,8 +174,9 @@ def test_what_cannot_be_shown_is_refused(tmp_path):
         record(pipe, [PROMPT, PROMPT])
     with pytest.raises(InputError, match="num_beams=2"):
         record(pipe, PROMPT, num_beams=2)
-    with pytest.raises(InputError, match="past_key_values"):
-        record(pipe, PROMPT, past_key_values=pipe.new_cache())
+    for name in CACHE_NAMES:
+        with pytest.raises(InputError, match=f"leave {name} out"):
+            record(pipe, PROMPT, **{name: pipe.new_cache()})
 
 
 def test_a_page_that_cannot_be_written_is_an_input_error(inspection, tmp_path):

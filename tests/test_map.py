@@ -18,6 +18,7 @@ from lazyllm.cli.main import app
 from lazyllm.mapping import Reply
 from lazyllm.mapping.replies import look_into
 from lazyllm.mapping.run import Task, packed
+from lazyllm.models.names import CACHE_NAMES
 from lazyllm.prompts import EncodedPrompt
 from tests.histories import CACHES, policies
 from tests.tiny import VOCABULARY, random_ids, tiny_model, word_tokenizer
@@ -153,7 +154,7 @@ def test_or_it_is_raised_when_its_turn_comes(pipe):
         ({"errors": "ignore"}, "unknown value of errors 'ignore'"),
         ({"batch_tokens": 0}, "at least 1, got 0"),
         ({"num_return_sequences": 2, "do_sample": True}, "one reply to each prompt"),
-        ({"past_key_values": 3}, "a cache of its own"),
+        *[({name: 3}, "a cache of its own") for name in CACHE_NAMES],
         ({"streamer": 3}, "side by side"),
         ({"use_cache": False}, "use_cache=False"),
     ],

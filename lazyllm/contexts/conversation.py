@@ -18,7 +18,7 @@ from lazyllm.contexts.turns import Opening, Tool, Turn, message_of, schema_of
 from lazyllm.errors import CacheError, InputError
 from lazyllm.generation.options import Options
 from lazyllm.generation.result import GenerationResult
-from lazyllm.models.names import CACHES
+from lazyllm.models.names import CACHE_NAMES
 from lazyllm.policies.query import Query, check_query
 from lazyllm.prompts import PLACEHOLDER, EncodedPrompt, Message, encode_turn
 
@@ -246,7 +246,7 @@ class Conversation:
     def _question(self, text: str | Message, new_tokens: int, query: Query, options: Mapping[str, Any]) -> _Question:
         """Everything that can be refused before the model runs."""
         began = time.perf_counter()
-        if taken := sorted({*CACHES, "prefixes"} & options.keys()):
+        if taken := sorted({*CACHE_NAMES, "prefixes"} & options.keys()):
             raise InputError(f"a conversation has a cache of its own; leave out {taken[0]}")
         if (rows := Options(options, self._pipe.model).copies) > 1:
             raise InputError(f"a conversation goes on from one row, these options make {rows}; ask for one reply")

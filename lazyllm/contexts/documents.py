@@ -17,7 +17,7 @@ from lazyllm.caches.lazy_cache import LazyCache
 from lazyllm.callbacks import Callback
 from lazyllm.errors import CacheError, InputError, TooLong
 from lazyllm.generation.result import GenerationResult
-from lazyllm.models.names import CACHE, CACHES
+from lazyllm.models.names import CACHE, CACHE_NAMES
 from lazyllm.policies.base import explain
 from lazyllm.policies.query import Query, check_query
 from lazyllm.prompts import (
@@ -165,7 +165,7 @@ class Document:
             InputError: for a blank question, a part that does not begin at position 0, or when positions run out.
             CacheError: while another question is answered; ask a `fork()`, or wait for its end.
         """
-        if taken := [name for name in CACHES if name in options]:
+        if taken := [name for name in CACHE_NAMES if name in options]:
             raise InputError(f"a document has its own cache; give {taken[0]} to pipe.generate")
         encoded = self.prompt(question, query=query)
         if not self.pipe.config.cache.revives:  # a question takes nothing deeper, and may evict

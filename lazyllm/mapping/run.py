@@ -15,7 +15,7 @@ from lazyllm.generation.options import Options
 from lazyllm.generation.result import GenerationResult
 from lazyllm.mapping.identity import Addresses
 from lazyllm.mapping.replies import Reply, ReplyFile
-from lazyllm.models.names import CACHES
+from lazyllm.models.names import CACHE_NAMES
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.policies.query import Query
 from lazyllm.prompts import EncodedPrompt, Prompt
@@ -27,7 +27,7 @@ WINDOW_BATCHES = 8
 WINDOW_PROMPTS = 1024
 """Most prompts that are looked at together."""
 REFUSED = {
-    **dict.fromkeys(CACHES, "each prompt has a cache of its own"),
+    **dict.fromkeys(CACHE_NAMES, "each prompt has a cache of its own"),
     "streamer": "prompts are answered side by side; stream one with pipe.stream",
 }
 

@@ -13,7 +13,7 @@ import torch
 
 from lazyllm.errors import InputError
 from lazyllm.generation.result import GenerationResult, GenerationStats
-from lazyllm.models.names import CACHES
+from lazyllm.models.names import CACHE_NAMES
 from lazyllm.pages.pieces import prompt_pieces, reply_pieces
 from lazyllm.pages.render import as_numbers, render, save
 from lazyllm.pages.trace import Cut, Flags, Ints, Recorder, StepTrace
@@ -99,7 +99,7 @@ def record(pipe: LazyPipeline, prompt: Prompt, *, query: Query | None = None, **
 def _check_single(pipe: LazyPipeline, prompt: Prompt, options: dict[str, Any]) -> None:
     if is_batch(prompt):
         raise InputError("a page shows one prompt, not a batch")
-    if taken := [name for name in CACHES if name in options]:
+    if taken := [name for name in CACHE_NAMES if name in options]:
         raise InputError(f"a page shows a generation from its start; leave {taken[0]} out")
     defaults = options.get("generation_config") or pipe.model.generation_config
     for name in ("num_return_sequences", "num_beams"):
