@@ -239,6 +239,17 @@ def test_a_detectable_difference_is_found_in_four_of_five_samples(pairs: int):
     assert abs(needed_pairs(difference, noise[0] / noise[0].std(ddof=1), np.zeros(pairs)) - pairs) <= 3
 
 
+@given(scores, st.floats(0.01, 2), st.integers(0, 2**16))
+def test_as_many_pairs_are_needed_as_find_the_difference(mine: list[float], difference: float, seed: int):
+    theirs = np.random.default_rng(seed).permutation(mine)
+    needed = needed_pairs(difference, mine, theirs)
+    assert (needed <= len(mine)) == (detectable_difference(mine, theirs) <= difference)
+    if needed > 2:
+        assert needed_pairs(difference * 1.01, mine, theirs) <= needed
+    with pytest.raises(InputError, match="two of them at least, not 1"):
+        needed_pairs(difference, mine[:1], theirs[:1])
+
+
 def test_outcomes_that_never_differ_show_only_large_differences():
     """With 20 pairs McNemar needs six that differ, all of them one way; eight come six times of ten or more."""
     same = [1.0, 0.0] * 10
@@ -330,7 +341,7 @@ def test_small_samples_are_called_small():
     assert "that takes about" in row.warnings[1]
     graded = {"task": {"dense": [0.1, 0.2], "cell": [0.1, 0.21]}}
     (row,) = compare_family(graded, baseline="dense", margin=0.05)
-    assert row.warnings[-1].endswith("that takes more"), "two pairs do not take two pairs"
+    assert row.warnings[-1].endswith("that takes about 3"), "two pairs do not take two pairs"
     (empty,) = compare_family({"task": {"dense": [None], "cell": [1]}}, baseline="dense")
     assert (empty.pairs, empty.decision, empty.p_value) == (0, "undecided", 1)
 

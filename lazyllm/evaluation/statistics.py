@@ -6,10 +6,12 @@ imported on use (extra `eval`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
-from math import ceil, inf, isnan, nan, sqrt
+from math import inf, isnan, nan, sqrt
 from typing import Any, Literal
 
 import numpy as np
@@ -253,35 +255,42 @@ def detectable_difference(mine: ArrayLike, theirs: ArrayLike) -> float:
     """The smallest true difference that a two-sided paired test at 5 % finds in 80 % of samples like this one.
 
     `(t_.975 + t_.8) s / sqrt(n)` for differences of deviation s; where hardly any pair differs s is that of
-    `paired_difference`. Outcomes of 0 and 1 are told apart only by the pairs
-    that differ, of which there are at least as many as the difference says: see `_detectable_share`.
+    `paired_difference`. Outcomes of 0 and 1 are told apart only by the pairs that differ, of which there are at least
+    as many as the difference says: see `_detectable_share`.
     NaN for fewer than two pairs.
     """
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
-    if mine.size < 2:
-        return nan
-    if is_binary(mine, theirs):
-        return _detectable_share(float((mine != theirs).mean()), mine.size)
-    reach = _scipy("stats").t.ppf([1 - LEVEL / 2, POWER], mine.size - 1).sum()
-    return float(reach * sqrt(_variance(mine - theirs, _unseen(mine, theirs)) / mine.size))
+    return _detectable(mine, theirs)(mine.size) if mine.size > 1 else nan
 
 
 def needed_pairs(difference: float, mine: ArrayLike, theirs: ArrayLike) -> int:
-    """How many pairs like these find a true `difference` in 80 % of samples, by normal quantiles.
+    """The smallest number of pairs like these by which `detectable_difference` is at most `difference`.
 
     Raises:
-        InputError: for a difference that is not positive.
+        InputError: for a difference that is not positive, or fewer than two pairs.
     """
     if not difference > 0:
         raise InputError(f"a difference to be found is positive, not {difference}")
     mine, theirs = np.asarray(mine, dtype=float), np.asarray(theirs, dtype=float)
+    if mine.size < 2:
+        raise InputError(f"what pairs are like is told by two of them at least, not {mine.size}")
+    detectable, most = _detectable(mine, theirs), 2
+    while detectable(most) > difference:
+        most *= 2
+    return 2 + bisect_left(range(2, most), True, key=lambda pairs: detectable(pairs) <= difference)
+
+
+def _detectable(mine: Values, theirs: Values) -> Callable[[int], float]:
+    """By number of pairs, the smallest difference that so many find, if they are like these."""
     if is_binary(mine, theirs):
-        variance, unseen = max(difference, float((mine != theirs).mean())), 0.0
-    else:
-        variance, unseen = float(np.var(mine - theirs, ddof=1)), _unseen(mine, theirs)
-    # n difference^2 = c^2 (variance + unseen / n), solved for n
-    seen, more = _normal_reach() ** 2 * variance, _normal_reach() ** 2 * unseen
-    return max(2, ceil((seen + sqrt(seen**2 + 4 * difference**2 * more)) / (2 * difference**2)))
+        return partial(_detectable_share, float((mine != theirs).mean()))
+    return partial(_detectable_mean, float(np.var(mine - theirs, ddof=1)), _unseen(mine, theirs))
+
+
+def _detectable_mean(variance: float, unseen: float, pairs: int) -> float:
+    """Of two means when differences have this variance, with `unseen` added to their squared deviations."""
+    reach = _scipy("stats").t.ppf([1 - LEVEL / 2, POWER], pairs - 1).sum()
+    return float(reach * sqrt((variance + unseen / (pairs - 1)) / pairs))
 
 
 def _detectable_share(differing: float, pairs: int) -> float:
@@ -447,10 +456,9 @@ def _warnings(mine: Values, theirs: Values, excluded: int, margin: float, detect
         )
         yield f"{alike}; below {FEW_DIFFERING} the interval of graded values rests on how far they can differ"
     if pairs > 1 and detectable > margin > 0:
-        needed = needed_pairs(margin, mine, theirs)
         yield (
             f"{pairs} pairs find differences from {detectable:.2g} on, not the margin of {margin:.2g}; "
-            f"that takes {f'about {needed:,}' if needed > pairs else 'more'}"
+            f"that takes about {needed_pairs(margin, mine, theirs):,}"
         )
 
 
