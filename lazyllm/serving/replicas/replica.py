@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ from lazyllm.models.loading import load_model, load_tokenizer
 from lazyllm.pipeline import LazyPipeline
 from lazyllm.serving.engine import Engine, EngineLimits, EngineStats, Ticket
 from lazyllm.serving.jobs import LAST, Event, Job, JobFailed
-from lazyllm.serving.replicas.routing import beginnings
+from lazyllm.serving.replicas.routing import Latest, beginnings
 
 EARLY = 2**14
 """How many orders are remembered that were given up before they came."""
@@ -81,7 +80,7 @@ class Replica:
         loaded = source.load()
         self._engine = Engine({name: LazyPipeline.from_config(one, *loaded) for name, one in configs.items()}, limits)
         self._tickets: dict[str, Ticket] = {}
-        self._early: deque[str] = deque(maxlen=EARLY)
+        self._early = Latest(EARLY)
 
     async def run(self, order: Order) -> AsyncIterator[Event]:
         """What comes of a job; it is given up when nobody asks for more."""
@@ -116,7 +115,7 @@ class Replica:
             if order in self._tickets:
                 self._tickets[order].cancel()
             else:
-                self._early.append(order)
+                self._early.add(order)
         return self._engine.stats
 
     def words(self) -> int:

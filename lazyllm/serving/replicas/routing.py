@@ -6,8 +6,8 @@ Ray pickles a router by value, all of this module with it; so nothing else of la
 from __future__ import annotations
 
 import random
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,31 @@ def beginnings(token_ids: Sequence[int], policy: str | None = None) -> tuple[int
     return tuple(found)
 
 
+class Latest:
+    """The latest of what was added; those of longest ago are forgotten.
+
+    Args:
+        most: how many are remembered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._added: OrderedDict[Hashable, None] = OrderedDict()
+
+    def add(self, one: Hashable) -> None:
+        """Remembers one as the latest."""
+        self._added[one] = None
+        self._added.move_to_end(one)
+        if len(self._added) > self._most:
+            self._added.popitem(last=False)
+
+    def __contains__(self, one: object) -> bool:
+        return one in self._added
+
+    def __len__(self) -> int:
+        return len(self._added)
+
+
 class Memory:
     """Beginnings that a replica has seen; those of longest ago are forgotten.
 
@@ -37,16 +62,12 @@ class Memory:
     """
 
     def __init__(self, most: int = MOST_BLOCKS) -> None:
-        self._most = most
-        self._seen: OrderedDict[int, None] = OrderedDict()
+        self._seen = Latest(most)
 
     def note(self, blocks: Iterable[int]) -> None:
         """Remembers the blocks of a prompt, its first ones for longest."""
         for block in reversed(tuple(blocks)):
-            self._seen[block] = None
-            self._seen.move_to_end(block)
-        while len(self._seen) > self._most:
-            self._seen.popitem(last=False)
+            self._seen.add(block)
 
     def share(self, blocks: Sequence[int]) -> float:
         """How much of a prompt it has seen, from the start on."""
@@ -68,7 +89,7 @@ class PrefixRouter(RequestRouter):
         self._chosen: WeakKeyDictionary[Any, ReplicaID] = WeakKeyDictionary()  # by future, of requests on their way
         # a request that loses its replica is sent again by the same id
         self._there: set[tuple[str, ReplicaID]] = set()  # requests that have arrived and not ended
-        self._ended: deque[tuple[str, ReplicaID]] = deque(maxlen=MOST_ENDED)  # those that were never there
+        self._ended = Latest(MOST_ENDED)  # those that had ended before they arrived, or never arrive
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -105,7 +126,7 @@ class PrefixRouter(RequestRouter):
         if (place := (internal_request_id, replica_id)) in self._there:
             self._there.remove(place)
         else:
-            self._ended.append(place)
+            self._ended.add(place)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Takes the replicas that there are now, and forgets those that are gone."""
