@@ -105,9 +105,14 @@ class Cancelled(ServingError):
         super().__init__(message)
 
 
+LEAST_BEGUN = 3
+"""Letters by which the rest of a name can be guessed."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Message for an unknown name: shows it, the nearest one that exists, and all that exist."""
-    names = sorted(known)
-    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    names, given = sorted(known), str(name)
+    begun = [one for one in names if one.startswith(given)] if len(given) >= LEAST_BEGUN else []
+    near = begun or get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."

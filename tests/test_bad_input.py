@@ -35,6 +35,7 @@ from lazyllm import (
     Stages,
     UnsupportedModelError,
 )
+from lazyllm.errors import unknown
 from tests.tiny import LAYERS, random_ids, tiny_model, word_tokenizer
 
 GREEDY = {"do_sample": False, "eos_token_id": -1, "max_new_tokens": 3}
@@ -354,3 +355,13 @@ def test_cropping_more_than_there_is(pipe):
     for columns in (-1, 2):
         with pytest.raises(InputError, match="crop"):
             cache.crop(columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("h10", "h100-sxm"), ("h20", "h200"), ("rtx-4900", "rtx-4090"), ("h1", None), ("tpu", None)],
+)
+def test_the_name_that_was_meant_is_one_that_begins_so_or_the_nearest(name: str, near: str | None):
+    message = unknown("device", name, ["h200", "rtx-4090", "h100-sxm"])
+    assert message.startswith(f"unknown device {name!r}.")
+    assert (f"Did you mean {near!r}?" in message) if near else ("Did you mean" not in message)
