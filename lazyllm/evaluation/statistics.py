@@ -118,7 +118,7 @@ def graded_mean(values: ArrayLike, *, unseen: float = 0.0) -> Effect:
     if values.size == 1:
         return Effect(mean, -inf, inf)
     reach = float(_scipy("stats").t.ppf(1 - LEVEL / 2, values.size - 1))
-    error = sqrt(_variance(values, unseen) / values.size)
+    error = _standard_error(float(np.var(values, ddof=1)), unseen, values.size)
     if np.ptp(values) <= ROUNDING * np.abs(values).max():
         reach = reach if unseen else 0.0
         return Effect(mean, mean - error * reach, mean + error * reach)
@@ -126,9 +126,9 @@ def graded_mean(values: ArrayLike, *, unseen: float = 0.0) -> Effect:
     return Effect(mean, mean - error * max(reach, float(high)), mean + error * max(reach, -float(low)))
 
 
-def _variance(values: Values, unseen: float) -> float:
-    """Of values [n], n > 1, with `unseen` added to their squared deviations."""
-    return float(np.var(values, ddof=1)) + unseen / (values.size - 1)
+def _standard_error(variance: float, unseen: float, number: int) -> float:
+    """Of the mean of more than one value with this variance, with `unseen` added to their squared deviations."""
+    return sqrt((variance + unseen / (number - 1)) / number)
 
 
 def _studentised_means(values: Values) -> Values:
@@ -290,7 +290,7 @@ def _detectable(mine: Values, theirs: Values) -> Callable[[int], float]:
 def _detectable_mean(variance: float, unseen: float, pairs: int) -> float:
     """Of two means when differences have this variance, with `unseen` added to their squared deviations."""
     reach = _scipy("stats").t.ppf([1 - LEVEL / 2, POWER], pairs - 1).sum()
-    return float(reach * sqrt((variance + unseen / (pairs - 1)) / pairs))
+    return float(reach * _standard_error(variance, unseen, pairs))
 
 
 def _detectable_share(differing: float, pairs: int) -> float:
