@@ -114,6 +114,9 @@ def test_a_tensor_that_goes_to_every_layer_is_refused():
     with torch.no_grad(), pipe.attached() as model, pytest.raises(UnsupportedModelError, match=message):
         model(ids, past_key_values=cache, one_per_token=torch.ones(1, 20))
     assert cache.columns == 0
+    with torch.no_grad(), pruning(deepcopy(pipe.model)).attached() as other:  # no model has it yet
+        other(ids, past_key_values=cache, logits_to_keep=1)
+    assert cache.columns == 20
 
 
 # -- adapters ------------------------------------------------------------------------------------------

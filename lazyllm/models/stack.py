@@ -73,8 +73,9 @@ class LazyStack(nn.Module):
         n is t, or as many columns at the end as the caller of the model said it would read (`logits_to_keep`). Where
         the call brings the end of a prompt and candidates for its reply, that is a prefill and a decode step.
         """
-        cache = self._admit(kwargs.pop(CACHE, None), hidden_states)
+        given = kwargs.pop(CACHE, None)
         self._refuse_tensors(*others, **kwargs)
+        cache = self._admit(given, hidden_states)
         keep = (self.logits_to_keep or None) if isinstance(self.logits_to_keep, int) else None
         seen = seen_by(attention_mask)
         arrival = Arrival(hidden_states, seen.padding, position_ids, self.places, seen.ahead, self.token_ids, keep)
